@@ -1,0 +1,5 @@
+//! Files of the administrator.
+//!
+//! - [`profile`]: one profile, checked
+
+pub mod profile;

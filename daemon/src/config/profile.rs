@@ -1,0 +1,102 @@
+//! A profile after all checks.
+
+use std::net::IpAddr;
+use std::path::PathBuf;
+
+use ipnet::{IpNet, Ipv4Net, Ipv6Net};
+
+/// A profile: what to connect to and what to protect (`proxyvpn-profile(5)`).
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Profile {
+    /// Name: 1 to 64 of `[A-Za-z0-9._-]`, not starting with `.` or `-`.
+    pub name: String,
+    /// Which backend carries it.
+    pub backend: Backend,
+    /// Connect when the daemon starts.
+    pub autoconnect: bool,
+    /// The way out.
+    pub upstream: UpstreamSpec,
+    /// The device.
+    pub tun: TunSpec,
+    /// Name resolution.
+    pub dns: DnsSpec,
+    /// What is blocked.
+    pub protect: ProtectSpec,
+    /// Local users (ids) whose traffic goes around the tunnel.
+    pub bypass_users: Vec<u32>,
+}
+
+/// Which backend carries a profile.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Backend {
+    /// TUN and packet engine.
+    Proxy,
+    /// A VM that runs Tor.
+    TorVm,
+}
+
+/// `[upstream]`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct UpstreamSpec {
+    /// Protocol.
+    pub scheme: Scheme,
+    /// Host name or address literal without brackets; empty for [`Scheme::Direct`].
+    pub host: String,
+    /// TCP port; 0 for [`Scheme::Direct`].
+    pub port: u16,
+    /// Addresses that save the look-up of `host`.
+    pub addresses: Vec<IpAddr>,
+    /// User name.
+    pub username: Option<String>,
+    /// Where the password comes from.
+    pub password: Option<PasswordSource>,
+}
+
+/// Protocol to the upstream.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Scheme {
+    /// HTTP CONNECT over TCP.
+    Http,
+    /// No upstream.
+    Direct,
+}
+
+/// Where a password comes from. Read anew at each connect.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum PasswordSource {
+    /// A file, checked when opened.
+    File(PathBuf),
+    /// A systemd credential (`LoadCredential=`), by name.
+    Credential(String),
+}
+
+/// `[tun]`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct TunSpec {
+    /// Device name, 1 to 15 bytes.
+    pub name: String,
+    /// IPv4 address with prefix.
+    pub cidr: Ipv4Net,
+    /// IPv6 address with prefix.
+    pub cidr6: Ipv6Net,
+    /// MTU in bytes, 1280 to 65535.
+    pub mtu: u16,
+}
+
+/// `[dns]`. The modes other than `bypass` are rejected with a clear error until they are built.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DnsSpec {
+    /// Resolvers that may be asked around the tunnel; empty means those of the machine.
+    pub servers: Vec<IpAddr>,
+}
+
+/// `[protect]`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ProtectSpec {
+    /// Block what does not go through the tunnel.
+    pub killswitch: bool,
+    /// Answer connections that began outside the way they came.
+    pub inbound_replies: bool,
+    /// Prefixes that go around the tunnel.
+    pub lan: Vec<IpNet>,
+}

@@ -1,0 +1,57 @@
+//! The desired state and our names in the kernel.
+
+use std::net::IpAddr;
+
+use ipnet::{IpNet, Ipv4Net, Ipv6Net};
+
+/// `SO_MARK` of sockets that may leave. Compared with the full mask: `ip rule`, nft and the engine all use this number.
+pub const MARK: u32 = 0x7076_706e;
+/// Our routing table. Outside what distributions and wg-quick (51820) use.
+pub const TABLE: u32 = 7_376_750;
+/// First priority of our policy rules; they stand in front of main (32766) and of what wg-quick and tailscale add (5210 and up).
+pub const RULE_PRIORITY: u32 = 3_700;
+/// How many priorities from [`RULE_PRIORITY`] on are ours.
+pub const RULE_PRIORITIES: u32 = 32;
+/// `rtm_protocol` and `FRA_PROTOCOL` of our routes and rules (rtnetlink(7)); not in iproute2's rt_protos.
+pub const ROUTE_PROTOCOL: u8 = 112;
+/// Name of our nft tables.
+pub const NFT_TABLE: &str = "proxyvpn";
+/// What `src_valid_mark` is set to where it was 0: any non-zero value means on (ip-sysctl), and this one tells that it is ours.
+pub const SYSCTL_ON: u32 = 112;
+
+/// The network while a connection is wanted.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Desired {
+    /// The device that takes the traffic. `None`: blocked, what would go into it is refused as unreachable.
+    pub tunnel: Option<Tunnel>,
+    /// What may go around the tunnel.
+    pub exceptions: Exceptions,
+    /// Block everything else.
+    pub killswitch: bool,
+    /// Answer connections that began outside the way they came.
+    pub inbound_replies: bool,
+}
+
+/// The tunnel device.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Tunnel {
+    /// Name, at most 15 bytes.
+    pub name: String,
+    /// IPv4 address with prefix.
+    pub v4: Ipv4Net,
+    /// IPv6 address with prefix.
+    pub v6: Ipv6Net,
+    /// MTU in bytes.
+    pub mtu: u16,
+}
+
+/// What may go around the tunnel.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Exceptions {
+    /// Destinations.
+    pub lan: Vec<IpNet>,
+    /// Resolvers: UDP and TCP port 53 only.
+    pub resolvers: Vec<IpAddr>,
+    /// Local users, by id.
+    pub users: Vec<u32>,
+}

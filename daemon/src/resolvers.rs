@@ -1,0 +1,1 @@
+//! Which DNS servers the machine uses.
