@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 
-use proxyvpn_dbus::types::{Flow, HealthItem, Progress, Reason, State};
+use proxyvpn_dbus::types::{Check, Flow, HealthItem, PlanStep, Progress, Reason, State};
 use proxyvpn_engine::secret::Secret;
 use tokio::sync::{mpsc, oneshot, watch};
 
@@ -26,6 +26,10 @@ pub enum Command {
     Disconnect(oneshot::Sender<Result<(), proxyvpn_dbus::Error>>),
     /// Make it anew without opening the network.
     Reconnect(oneshot::Sender<Result<(), proxyvpn_dbus::Error>>),
+    /// What `Connect` would change.
+    Plan(Box<Request>, oneshot::Sender<Result<Vec<PlanStep>, proxyvpn_dbus::Error>>),
+    /// Check what a connection needs; without a request, only what needs no upstream.
+    Diagnose(Option<Box<Request>>, oneshot::Sender<Vec<Check>>),
     /// The connections in the tunnel.
     Flows(oneshot::Sender<Vec<Flow>>),
     /// Counters of the engine by name; empty when it does not run.
