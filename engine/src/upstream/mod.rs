@@ -1,11 +1,29 @@
-//! The way out of the engine.
+//! The way out of the engine: marked TCP connections to a destination, straight or through an HTTP proxy.
+//!
+//! - [`Upstream`], [`Target`], [`Connector`], [`Tunnel`]: what is asked for and what comes back (here)
+//! - `connect`: [`Connector::connect`]
+//! - `probe`: [`Connector::probe`]
+//! - `credentials`: a user name and password that Basic authentication can carry
+//! - `error`: [`ConnectError`]
+//! - `http`: request and answer of CONNECT as bytes, no I/O
+//! - `socket`: sockets and their options, racing several addresses
+//! - `sys`: the one socket option that no crate has
 
-use std::net::{IpAddr, SocketAddr};
+mod connect;
+mod credentials;
+mod error;
+mod http;
+mod probe;
+mod socket;
+mod sys;
+
+use std::net::SocketAddr;
 use std::time::Duration;
 
 use tokio::net::TcpStream;
 
-use crate::secret::Secret;
+pub use credentials::{Credentials, CredentialsError};
+pub use error::{AuthenticationFault, ConnectError};
 
 /// What carries the connections.
 #[derive(Debug, Clone)]
@@ -19,12 +37,12 @@ pub enum Upstream {
 /// An HTTP proxy.
 #[derive(Debug, Clone)]
 pub struct HttpProxy {
-    /// `host:port` as the user wrote it, for messages and the `Host` field.
+    /// `host:port` as the user wrote it, for messages.
     pub name: String,
-    /// Addresses, tried in order.
+    /// Addresses, tried in order; the next one starts 250 ms after the one before, or when that failed.
     pub addresses: Vec<SocketAddr>,
-    /// User name and password for Basic authentication (RFC 7617).
-    pub credentials: Option<(String, Secret)>,
+    /// User name and password for Basic authentication.
+    pub credentials: Option<Credentials>,
 }
 
 /// Where a connection is to end.
@@ -32,7 +50,7 @@ pub struct HttpProxy {
 pub enum Target {
     /// An address.
     Address(SocketAddr),
-    /// A name that the upstream resolves, and a port.
+    /// A name that the upstream resolves, and a port. Checked by [`Connector::connect`].
     Name(String, u16),
 }
 
@@ -54,76 +72,6 @@ pub struct Connector {
 pub struct Tunnel {
     /// The socket, non-blocking.
     pub stream: TcpStream,
-    /// Bytes of the destination that came in the same segment as the proxy's answer.
+    /// Bytes of the destination that came right after the proxy's answer; at most 4 KiB. They come before what `stream` gives.
     pub early: Vec<u8>,
-}
-
-/// Why there is no tunnel. `Display` is a sentence that names the proxy and what to do.
-#[derive(Debug, thiserror::Error)]
-pub enum ConnectError {
-    /// No TCP connection to the proxy (`Direct`: to the destination).
-    #[error("{upstream} cannot be reached")]
-    Unreachable {
-        /// Who.
-        upstream: String,
-        /// Why.
-        source: std::io::Error,
-    },
-    /// The proxy accepted the connection and did not finish its answer in time.
-    #[error("{upstream} accepted the connection but did not answer within {seconds} s; is it an HTTP proxy?")]
-    Silent {
-        /// Who.
-        upstream: String,
-        /// The bound.
-        seconds: u64,
-    },
-    /// 407.
-    #[error("{upstream} wants a user name and password, or other ones (407)")]
-    Authentication {
-        /// Who.
-        upstream: String,
-    },
-    /// The proxy refuses the destination or the client (403, 405 and other 4xx).
-    #[error("{upstream} refuses {target} ({status} {reason})")]
-    Refused {
-        /// Who.
-        upstream: String,
-        /// What was asked for.
-        target: String,
-        /// HTTP status.
-        status: u16,
-        /// Reason phrase, cut and free of control characters.
-        reason: String,
-    },
-    /// The proxy could not reach the destination (5xx).
-    #[error("{upstream} cannot reach {target} ({status} {reason})")]
-    Destination {
-        /// Who.
-        upstream: String,
-        /// What was asked for.
-        target: String,
-        /// HTTP status.
-        status: u16,
-        /// Reason phrase, cut and free of control characters.
-        reason: String,
-    },
-    /// Not HTTP, too long, or broken.
-    #[error("{upstream} does not answer as an HTTP proxy: {detail}")]
-    Protocol {
-        /// Who.
-        upstream: String,
-        /// What was wrong.
-        detail: String,
-    },
-    /// This process cannot open a socket (out of descriptors, mark refused, no port left).
-    #[error("no socket for {upstream}")]
-    Local {
-        /// Who.
-        upstream: String,
-        /// Why.
-        source: std::io::Error,
-    },
-    /// The address is one that must not be connected to directly.
-    #[error("{0} is not reachable through the tunnel")]
-    Forbidden(IpAddr),
 }

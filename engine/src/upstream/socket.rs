@@ -1,0 +1,93 @@
+//! Sockets towards the upstream: options before `connect`, and a race where there are several addresses.
+
+use std::io;
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use socket2::{Domain, Protocol, Socket, TcpKeepalive, Type};
+use tokio::net::{TcpSocket, TcpStream};
+use tokio::task::JoinSet;
+
+/// How long an attempt has the field for itself (RFC 8305 section 5).
+const STAGGER: Duration = Duration::from_millis(250);
+
+/// More addresses than this are not tried.
+const MOST_ADDRESSES: usize = 16;
+
+/// Why there is no TCP connection.
+#[derive(Debug)]
+pub(super) enum OpenError {
+    /// This machine could not even try.
+    Local(io::Error),
+    /// The other end or the network in between.
+    Remote(io::Error),
+}
+
+/// Connects to one address.
+pub(super) async fn open(address: SocketAddr, mark: Option<u32>) -> Result<TcpStream, OpenError> {
+    let socket = prepare(address, mark).map_err(OpenError::Local)?;
+    TcpSocket::from_std_stream(socket.into()).connect(address).await.map_err(classify)
+}
+
+/// Connects to the first of `addresses` that answers. Each starts [`STAGGER`] after the one before, or when that failed.
+pub(super) async fn race(addresses: &[SocketAddr], mark: Option<u32>) -> Result<TcpStream, OpenError> {
+    if let [only] = addresses {
+        return open(*only, mark).await;
+    }
+    let mut waiting = addresses.iter().take(MOST_ADDRESSES).copied();
+    let mut running = JoinSet::new();
+    let (mut remote, mut local) = (None, None);
+    loop {
+        if let Some(address) = waiting.next() {
+            running.spawn(open(address, mark));
+        }
+        let done = tokio::select! {
+            done = running.join_next() => done,
+            () = tokio::time::sleep(STAGGER), if waiting.len() > 0 => continue,
+        };
+        match done {
+            Some(Ok(Ok(stream))) => return Ok(stream),
+            Some(Ok(Err(OpenError::Remote(error)))) => _ = remote.get_or_insert(error),
+            Some(Ok(Err(OpenError::Local(error)))) => _ = local.get_or_insert(error),
+            Some(Err(error)) => _ = local.get_or_insert(error.into()),
+            None => break,
+        }
+    }
+    // A family that this machine lacks must not hide what the other family met.
+    Err(match (remote, local) {
+        (Some(error), _) => OpenError::Remote(error),
+        (None, Some(error)) => OpenError::Local(error),
+        (None, None) => OpenError::Remote(io::Error::new(io::ErrorKind::AddrNotAvailable, "it has no address")),
+    })
+}
+
+/// A socket that is ready for `connect`.
+fn prepare(address: SocketAddr, mark: Option<u32>) -> io::Result<Socket> {
+    let socket = Socket::new(Domain::for_address(address), Type::STREAM.nonblocking().cloexec(), Some(Protocol::TCP))?;
+    // Before connect: the SYN must already carry it.
+    if let Some(mark) = mark {
+        socket.set_mark(mark)?;
+    }
+    super::sys::bind_address_no_port(&socket)?;
+    socket.set_tcp_nodelay(true)?;
+    let keepalive =
+        TcpKeepalive::new().with_time(Duration::from_secs(60)).with_interval(Duration::from_secs(15)).with_retries(4);
+    socket.set_tcp_keepalive(&keepalive)?;
+    Ok(socket)
+}
+
+/// Whose fault a failed `connect(2)` is.
+fn classify(error: io::Error) -> OpenError {
+    match error.raw_os_error() {
+        Some(
+            libc::EMFILE
+            | libc::ENFILE
+            | libc::ENOBUFS
+            | libc::ENOMEM
+            | libc::EADDRNOTAVAIL
+            | libc::EPERM
+            | libc::EACCES,
+        ) => OpenError::Local(error),
+        _ => OpenError::Remote(error),
+    }
+}
