@@ -90,7 +90,7 @@ mod tests {
         let long = "x".repeat(LONGEST + 1);
         for (user, password, want) in [
             ("a:b", "c", CredentialsError::Colon),
-            ("a\r\nX: y", "c", CredentialsError::Control("user name")),
+            ("a\r\nX", "c", CredentialsError::Control("user name")),
             ("a", "c\n", CredentialsError::Control("password")),
             ("a", "\u{7f}", CredentialsError::Control("password")),
             (&long, "c", CredentialsError::TooLong("user name")),
