@@ -204,3 +204,6 @@ pub(super) fn excerpt(bytes: &[u8]) -> String {
     let line = &line[..line.len().min(4 * LONGEST_EXCERPT)];
     String::from_utf8_lossy(line).chars().filter(|char| !char.is_control()).take(LONGEST_EXCERPT).collect()
 }
+
+#[cfg(test)]
+mod tests;

@@ -16,6 +16,8 @@ mod http;
 mod probe;
 mod socket;
 mod sys;
+#[cfg(test)]
+mod tests;
 
 use std::net::SocketAddr;
 use std::time::Duration;

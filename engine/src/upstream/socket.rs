@@ -91,3 +91,57 @@ fn classify(error: io::Error) -> OpenError {
         _ => OpenError::Remote(error),
     }
 }
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, reason = "tests")]
+mod tests {
+    use rustix::fs::{OFlags, fcntl_getfl};
+    use rustix::io::{FdFlags, fcntl_getfd};
+
+    use super::*;
+
+    #[test]
+    fn options_are_set_before_connect() {
+        for address in ["127.0.0.1:1", "[::1]:1"] {
+            let socket = prepare(address.parse().unwrap(), None).unwrap();
+            assert!(socket.tcp_nodelay().unwrap());
+            assert!(socket.keepalive().unwrap());
+            assert_eq!(socket.tcp_keepalive_time().unwrap(), Duration::from_secs(60));
+            assert_eq!(socket.tcp_keepalive_interval().unwrap(), Duration::from_secs(15));
+            assert_eq!(socket.tcp_keepalive_retries().unwrap(), 4);
+            assert_eq!(socket.mark().unwrap(), 0);
+            assert!(fcntl_getfl(&socket).unwrap().contains(OFlags::NONBLOCK));
+            assert!(fcntl_getfd(&socket).unwrap().contains(FdFlags::CLOEXEC));
+        }
+    }
+
+    #[tokio::test]
+    async fn a_socket_has_the_mark_or_there_is_none() {
+        let address = "127.0.0.1:1".parse().unwrap();
+        match prepare(address, Some(0x7076)) {
+            Ok(socket) => assert_eq!(socket.mark().unwrap(), 0x7076),
+            Err(error) => {
+                assert_eq!(error.raw_os_error(), Some(libc::EPERM));
+                assert!(matches!(open(address, Some(0x7076)).await, Err(OpenError::Local(_))));
+            }
+        }
+    }
+
+    #[test]
+    fn whose_fault() {
+        for (code, local) in [
+            (libc::EMFILE, true),
+            (libc::ENFILE, true),
+            (libc::EADDRNOTAVAIL, true),
+            (libc::EPERM, true),
+            (libc::ENOBUFS, true),
+            (libc::ECONNREFUSED, false),
+            (libc::ETIMEDOUT, false),
+            (libc::EHOSTUNREACH, false),
+            (libc::ENETUNREACH, false),
+        ] {
+            let got = classify(io::Error::from_raw_os_error(code));
+            assert_eq!(matches!(got, OpenError::Local(_)), local, "{got:?}");
+        }
+    }
+}
