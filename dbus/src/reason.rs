@@ -50,6 +50,8 @@ reason_codes! {
     DeviceLost = "device-lost",
     /// The packet engine stopped.
     EngineFailed = "engine-failed",
+    /// The record of what was wanted when the last daemon ended cannot be read.
+    IntentUnreadable = "intent-unreadable",
     /// Somebody asked for it.
     Requested = "requested",
     /// The backend is not in this build.

@@ -4,8 +4,9 @@ use serde::{Deserialize, Serialize};
 use zbus::{OwnedVariant, Type, Variant};
 
 /// State of the connection (`Manager.State`).
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash)]
 pub enum State {
+    #[default]
     /// No connection is wanted; the network is as it was.
     Disconnected,
     /// On the way to [`State::Connected`].

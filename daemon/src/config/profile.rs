@@ -4,9 +4,10 @@ use std::net::IpAddr;
 use std::path::PathBuf;
 
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
+use serde::{Deserialize, Serialize};
 
 /// A profile: what to connect to and what to protect (`proxyvpn-profile(5)`).
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Profile {
     /// Name: 1 to 64 of `[A-Za-z0-9._-]`, not starting with `.` or `-`.
     pub name: String,
@@ -27,7 +28,7 @@ pub struct Profile {
 }
 
 /// Which backend carries a profile.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Backend {
     /// TUN and packet engine.
     Proxy,
@@ -36,7 +37,7 @@ pub enum Backend {
 }
 
 /// `[upstream]`.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct UpstreamSpec {
     /// Protocol.
     pub scheme: Scheme,
@@ -52,8 +53,19 @@ pub struct UpstreamSpec {
     pub password: Option<PasswordSource>,
 }
 
+/// The upstream as a URL without secrets.
+impl std::fmt::Display for UpstreamSpec {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self.scheme {
+            Scheme::Direct => f.write_str("direct://"),
+            Scheme::Http if self.host.contains(':') => write!(f, "http://[{}]:{}", self.host, self.port),
+            Scheme::Http => write!(f, "http://{}:{}", self.host, self.port),
+        }
+    }
+}
+
 /// Protocol to the upstream.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Scheme {
     /// HTTP CONNECT over TCP.
     Http,
@@ -62,7 +74,7 @@ pub enum Scheme {
 }
 
 /// Where a password comes from. Read anew at each connect.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum PasswordSource {
     /// A file, checked when opened.
     File(PathBuf),
@@ -71,7 +83,7 @@ pub enum PasswordSource {
 }
 
 /// `[tun]`.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct TunSpec {
     /// Device name, 1 to 15 bytes.
     pub name: String,
@@ -84,14 +96,14 @@ pub struct TunSpec {
 }
 
 /// `[dns]`. The modes other than `bypass` are rejected with a clear error until they are built.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DnsSpec {
     /// Resolvers that may be asked around the tunnel; empty means those of the machine.
     pub servers: Vec<IpAddr>,
 }
 
 /// `[protect]`.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ProtectSpec {
     /// Block what does not go through the tunnel.
     pub killswitch: bool,

@@ -1,77 +1,119 @@
-//! The states of the connection.
+//! The states of the connection: policy, without effects of its own.
+//!
+//! One state per file, each with one method that runs it and returns the next. Every order is matched in every state.
+//!
+//! - [`command`]: what the machine is told and what it shows
+//! - [`world`]: the effects, as a trait
+//! - [`phase`]: the phases of an attempt
+//! - [`failure`]: what went wrong, in the user's words
+//! - [`intent`]: what is wanted, on disk
+//! - `context`, `disconnected`, `connecting`, `connected`, `blocked`, `disconnecting`: the states
 
-use std::collections::HashMap;
+mod blocked;
+pub mod command;
+mod connected;
+mod connecting;
+mod context;
+mod disconnected;
+mod disconnecting;
+pub mod failure;
+pub mod intent;
+pub mod phase;
+#[cfg(test)]
+mod tests;
+pub mod world;
 
-use proxyvpn_dbus::types::{Check, Flow, HealthItem, PlanStep, Progress, Reason, State};
-use proxyvpn_engine::secret::Secret;
-use tokio::sync::{mpsc, oneshot, watch};
+use proxyvpn_dbus::ReasonCode;
+use proxyvpn_dbus::types::Reason;
+use tokio::sync::{mpsc, watch};
 
-use crate::config::profile::Profile;
+use blocked::Blocked;
+pub use command::{Command, Handle, Request, View};
+use connected::Connected;
+use connecting::Connecting;
+use context::Context;
+use disconnected::Disconnected;
+use disconnecting::Disconnecting;
+pub use failure::Failure;
+use intent::{Intent, IntentFile};
+pub use phase::Phase;
+use world::World;
 
-/// A connection that somebody asked for, already authorised and checked.
+/// Commands that may wait; more are refused by the service.
+const WAITING: usize = 32;
+
+/// A state with what it needs.
+enum Stage {
+    Disconnected(Disconnected),
+    Connecting(Connecting),
+    Connected(Connected),
+    Blocked(Blocked),
+    Disconnecting(Disconnecting),
+}
+
+/// The machine before it runs.
 #[derive(Debug)]
-pub struct Request {
-    /// What to connect; for an ad-hoc connection its name is `adhoc`.
-    pub profile: Profile,
-    /// A password that came with the call; otherwise the profile's source is read.
-    pub password: Option<Secret>,
+pub struct Machine {
+    commands: mpsc::Receiver<Command>,
+    view: watch::Sender<View>,
 }
 
-/// What the machine can be told. Replies come when the command is accepted, not when it is done.
-#[derive(Debug)]
-pub enum Command {
-    /// Make a connection.
-    Connect(Box<Request>, oneshot::Sender<Result<(), proxyvpn_dbus::Error>>),
-    /// End it.
-    Disconnect(oneshot::Sender<Result<(), proxyvpn_dbus::Error>>),
-    /// Make it anew without opening the network.
-    Reconnect(oneshot::Sender<Result<(), proxyvpn_dbus::Error>>),
-    /// What `Connect` would change.
-    Plan(Box<Request>, oneshot::Sender<Result<Vec<PlanStep>, proxyvpn_dbus::Error>>),
-    /// Check what a connection needs; without a request, only what needs no upstream.
-    Diagnose(Option<Box<Request>>, oneshot::Sender<Vec<Check>>),
-    /// The connections in the tunnel.
-    Flows(oneshot::Sender<Vec<Flow>>),
-    /// Counters of the engine by name; empty when it does not run.
-    Statistics(oneshot::Sender<HashMap<String, u64>>),
-}
+impl Machine {
+    /// A machine and the service's end of it.
+    #[must_use]
+    pub fn new() -> (Self, Handle) {
+        let (sender, commands) = mpsc::channel(WAITING);
+        let (view, receiver) = watch::channel(View::default());
+        (Self { commands, view }, Handle { commands: sender, view: receiver })
+    }
 
-/// What the machine shows.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct View {
-    /// State.
-    pub state: State,
-    /// Phase within `connecting` or `disconnecting`, else empty.
-    pub phase: &'static str,
-    /// Why.
-    pub reason: Reason,
-    /// Backend or empty.
-    pub backend: &'static str,
-    /// Profile or empty.
-    pub profile: String,
-    /// Upstream without secrets or empty.
-    pub upstream: String,
-    /// Microseconds since 1970-01-01 UTC.
-    pub since: u64,
-    /// How far an attempt is.
-    pub progress: Progress,
-    /// Whether traffic around the tunnel is blocked now.
-    pub blocking: bool,
-    /// `nftnl`, `nft`, `iptables` or empty.
-    pub firewall: &'static str,
-    /// Tunnel device or empty.
-    pub device: String,
-    /// Resolvers reached around the tunnel.
-    pub resolvers: Vec<String>,
-    /// What is not as it should be.
-    pub health: Vec<HealthItem>,
-}
-
-/// The service's end of the machine.
-#[derive(Debug, Clone)]
-pub struct Handle {
-    /// Bounded: a full queue is `LimitExceeded`.
-    pub commands: mpsc::Sender<Command>,
-    /// The newest view.
-    pub view: watch::Receiver<View>,
+    /// Runs until `shutdown` turns true and everything is taken away. Goes on with what `intent` says was wanted when the
+    /// last daemon ended, else connects `autoconnect`, else cleans up what may be left.
+    pub async fn run<W: World>(
+        self,
+        world: W,
+        intent: IntentFile,
+        autoconnect: Option<Request>,
+        shutdown: watch::Receiver<bool>,
+    ) {
+        let wanted = intent.read();
+        let inspector = world.inspector();
+        let mut context = Context::new(world, inspector, self.commands, shutdown, self.view, intent);
+        let mut stage = match (wanted, autoconnect) {
+            (Intent::Profile(profile), _) => {
+                tracing::info!(profile = profile.name, "going on with the connection that was wanted before");
+                Stage::Connecting(Connecting::again(Request { profile: *profile, password: None }, 0))
+            }
+            (Intent::Unreadable(cause), _) => Stage::Blocked(Blocked::rebuild(
+                None,
+                Failure::new(
+                    ReasonCode::IntentUnreadable,
+                    format!(
+                        "The record of what was connected cannot be read ({cause}), so traffic is stopped. \
+                         Run `proxyctl disconnect`, then connect again"
+                    ),
+                ),
+                0,
+            )),
+            (Intent::Nothing, Some(request)) => {
+                if let Err(error) = context.intent.write(&request.profile) {
+                    tracing::error!("cannot record what is wanted: {error}");
+                }
+                Stage::Connecting(Connecting::again(request, 0))
+            }
+            (Intent::Nothing, None) => Stage::Disconnecting(Disconnecting { reason: Reason::default() }),
+        };
+        loop {
+            stage = match stage {
+                Stage::Disconnected(state) => match state.next(&mut context).await {
+                    Some(stage) => stage,
+                    None => return,
+                },
+                Stage::Connecting(state) => state.next(&mut context).await,
+                Stage::Connected(state) => state.next(&mut context).await,
+                Stage::Blocked(state) => state.next(&mut context).await,
+                Stage::Disconnecting(state) => state.next(&mut context).await,
+            };
+        }
+    }
 }

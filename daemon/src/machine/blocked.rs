@@ -1,0 +1,151 @@
+//! `blocked`: a connection is wanted but cannot be had. Traffic is stopped, with a reason and a retry.
+
+use std::pin::pin;
+use std::time::Duration;
+
+use proxyvpn_dbus::Error;
+use proxyvpn_dbus::types::State;
+use tokio::time::{Instant, sleep_until};
+
+use super::connected::Connected;
+use super::connecting::Connecting;
+use super::context::{Context, Order, accept, busy, refuse};
+use super::disconnecting::Disconnecting;
+use super::world::{Fault, Inspector, World};
+use super::{Failure, Request, Stage};
+
+const FIRST_RETRY: Duration = Duration::from_secs(1);
+const LAST_RETRY: Duration = Duration::from_secs(60);
+
+pub(super) struct Blocked {
+    /// What is wanted; `None` when the record of it cannot be read.
+    request: Option<Request>,
+    failure: Failure,
+    /// Device and engine are gone; otherwise they still run and only the upstream is missing.
+    rebuild: bool,
+    attempt: u32,
+}
+
+enum Wake {
+    Order(Order),
+    Fault(Fault),
+    Retry,
+}
+
+impl Blocked {
+    /// All is in place except the upstream.
+    pub(super) fn waiting(request: Request, failure: Failure) -> Self {
+        Self { request: Some(request), failure, rebuild: false, attempt: 0 }
+    }
+
+    /// Device and engine must be made anew. `attempt` failed attempts came before this one.
+    pub(super) fn rebuild(request: Option<Request>, failure: Failure, attempt: u32) -> Self {
+        Self { request, failure, rebuild: true, attempt }
+    }
+
+    pub(super) async fn next<W: World, I: Inspector>(mut self, context: &mut Context<W, I>) -> Stage {
+        if self.rebuild {
+            self.close(context).await;
+        }
+        context.enter(State::Blocked, self.failure.reason(), self.request.as_ref());
+        tracing::warn!(code = self.failure.code.as_str(), "blocked: {}", self.failure.text);
+        let mut retry = Instant::now() + backoff(self.attempt);
+        loop {
+            let wake = tokio::select! {
+                order = context.orders.next() => Wake::Order(order),
+                fault = context.world.fault(), if !self.rebuild => Wake::Fault(fault),
+                () = sleep_until(retry), if self.request.is_some() => Wake::Retry,
+            };
+            match wake {
+                Wake::Order(Order::Connect(_, reply)) => {
+                    busy(reply, "a connection is wanted and blocked; disconnect first")
+                }
+                Wake::Order(Order::Disconnect(reply)) => {
+                    accept(reply);
+                    return Stage::Disconnecting(Disconnecting::requested());
+                }
+                Wake::Order(Order::Reconnect(reply)) => match self.request {
+                    Some(request) => {
+                        accept(reply);
+                        return Stage::Connecting(Connecting::again(request, 0));
+                    }
+                    None => {
+                        refuse(reply, Error::NotConnected("what was wanted is not known; disconnect first".to_owned()))
+                    }
+                },
+                Wake::Order(Order::Shutdown) => return Stage::Disconnecting(Disconnecting::requested()),
+                Wake::Fault(Fault::Upstream(failure)) => {
+                    context.because(failure.reason());
+                }
+                Wake::Fault(Fault::UpstreamWorking) => return self.recovered(),
+                Wake::Fault(Fault::Broken(failure)) => {
+                    self.failure = failure;
+                    self.rebuild = true;
+                    self.attempt = 0;
+                    return Stage::Blocked(self);
+                }
+                Wake::Retry if self.rebuild => {
+                    let Some(request) = self.request.take() else { continue };
+                    return Stage::Connecting(Connecting::again(request, self.attempt.saturating_add(1)));
+                }
+                Wake::Retry => {
+                    match probe(context).await {
+                        Probe::Answered(Ok(())) => return self.recovered(),
+                        Probe::Answered(Err(failure)) => context.because(failure.reason()),
+                        Probe::Unwanted => return Stage::Disconnecting(Disconnecting::requested()),
+                    }
+                    self.attempt = self.attempt.saturating_add(1);
+                    retry = Instant::now() + backoff(self.attempt);
+                }
+            }
+        }
+    }
+
+    /// Puts the block in force; if even that fails, the reason says so.
+    async fn close<W: World, I: Inspector>(&mut self, context: &mut Context<W, I>) {
+        if let Err(failure) = context.world.block(self.request.as_ref()).await {
+            self.failure.text = format!(
+                "{}. The block could not be put in force either ({}): traffic may leave unprotected. \
+                 Unplug the network or run `proxyctl disconnect`",
+                self.failure.text, failure.text
+            );
+        }
+    }
+
+    fn recovered(self) -> Stage {
+        match self.request {
+            Some(request) => Stage::Connected(Connected::new(request)),
+            None => Stage::Blocked(self),
+        }
+    }
+}
+
+enum Probe {
+    Answered(Result<(), Failure>),
+    Unwanted,
+}
+
+/// Asks the upstream, with an ear for orders.
+async fn probe<W: World, I: Inspector>(context: &mut Context<W, I>) -> Probe {
+    let Context { world, orders, .. } = context;
+    let mut question = pin!(world.probe());
+    loop {
+        tokio::select! {
+            answer = &mut question => return Probe::Answered(answer),
+            order = orders.next() => match order {
+                Order::Connect(_, reply) => busy(reply, "a connection is wanted and blocked; disconnect first"),
+                Order::Reconnect(reply) => accept(reply),
+                Order::Disconnect(reply) => {
+                    accept(reply);
+                    return Probe::Unwanted;
+                }
+                Order::Shutdown => return Probe::Unwanted,
+            },
+        }
+    }
+}
+
+/// 1 s, doubled with each failed attempt, at most 60 s.
+fn backoff(attempt: u32) -> Duration {
+    FIRST_RETRY.saturating_mul(1 << attempt.min(6)).min(LAST_RETRY)
+}

@@ -1,0 +1,77 @@
+//! What the machine is told and what it shows.
+
+use std::collections::HashMap;
+
+use proxyvpn_dbus::types::{Check, Flow, HealthItem, PlanStep, Progress, Reason, State};
+use proxyvpn_engine::secret::Secret;
+use tokio::sync::{mpsc, oneshot, watch};
+
+use crate::config::profile::Profile;
+
+/// A connection that somebody asked for, already authorised and checked.
+#[derive(Debug, Clone)]
+pub struct Request {
+    /// What to connect; for an ad-hoc connection its name is `adhoc`.
+    pub profile: Profile,
+    /// A password that came with the call; otherwise the profile's source is read.
+    pub password: Option<Secret>,
+}
+
+/// What the machine can be told. Replies come when the command is accepted, not when it is done.
+#[derive(Debug)]
+pub enum Command {
+    /// Make a connection.
+    Connect(Box<Request>, oneshot::Sender<Result<(), proxyvpn_dbus::Error>>),
+    /// End it.
+    Disconnect(oneshot::Sender<Result<(), proxyvpn_dbus::Error>>),
+    /// Make it anew without opening the network.
+    Reconnect(oneshot::Sender<Result<(), proxyvpn_dbus::Error>>),
+    /// What `Connect` would change.
+    Plan(Box<Request>, oneshot::Sender<Result<Vec<PlanStep>, proxyvpn_dbus::Error>>),
+    /// Check what a connection needs; without a request, only what needs no upstream.
+    Diagnose(Option<Box<Request>>, oneshot::Sender<Vec<Check>>),
+    /// The connections in the tunnel.
+    Flows(oneshot::Sender<Vec<Flow>>),
+    /// Counters of the engine by name; empty when it does not run.
+    Statistics(oneshot::Sender<HashMap<String, u64>>),
+}
+
+/// What the machine shows.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct View {
+    /// State.
+    pub state: State,
+    /// Phase within `connecting` or `disconnecting`, else empty.
+    pub phase: &'static str,
+    /// Why.
+    pub reason: Reason,
+    /// Backend or empty.
+    pub backend: &'static str,
+    /// Profile or empty.
+    pub profile: String,
+    /// Upstream without secrets or empty.
+    pub upstream: String,
+    /// Microseconds since 1970-01-01 UTC.
+    pub since: u64,
+    /// How far an attempt is.
+    pub progress: Progress,
+    /// Whether traffic around the tunnel is blocked now.
+    pub blocking: bool,
+    /// `nftnl`, `nft`, `iptables` or empty.
+    pub firewall: &'static str,
+    /// Tunnel device or empty.
+    pub device: String,
+    /// Resolvers reached around the tunnel.
+    pub resolvers: Vec<String>,
+    /// What is not as it should be.
+    pub health: Vec<HealthItem>,
+}
+
+/// The service's end of the machine.
+#[derive(Debug, Clone)]
+pub struct Handle {
+    /// Bounded: a full queue is `LimitExceeded`.
+    pub commands: mpsc::Sender<Command>,
+    /// The newest view.
+    pub view: watch::Receiver<View>,
+}

@@ -1,0 +1,56 @@
+//! `disconnecting`: everything is taken away.
+
+use std::pin::pin;
+
+use proxyvpn_dbus::ReasonCode;
+use proxyvpn_dbus::types::{Reason, State};
+
+use super::Stage;
+use super::context::{Context, Order, accept, busy};
+use super::disconnected::Disconnected;
+use super::world::{Inspector, World};
+
+pub(super) struct Disconnecting {
+    pub(super) reason: Reason,
+}
+
+impl Disconnecting {
+    /// Somebody asked for it.
+    pub(super) fn requested() -> Self {
+        Self {
+            reason: Reason {
+                code: ReasonCode::Requested.as_str().to_owned(),
+                text: "Disconnected on request".to_owned(),
+            },
+        }
+    }
+
+    pub(super) async fn next<W: World, I: Inspector>(self, context: &mut Context<W, I>) -> Stage {
+        // First, so that a daemon that dies half-way finishes the work when it starts instead of connecting.
+        if !context.orders.stopping
+            && let Err(error) = context.intent.clear()
+        {
+            tracing::error!("cannot record that nothing is wanted: {error}");
+        }
+        context.enter(State::Disconnecting, self.reason.clone(), None);
+        context.progress("restore-network", 0, "Giving the network back");
+        let Context { world, orders, .. } = context;
+        let mut work = pin!(world.tear_down());
+        let leftovers = loop {
+            tokio::select! {
+                biased;
+                leftovers = &mut work => break leftovers,
+                order = orders.next() => match order {
+                    Order::Connect(_, reply) => busy(reply, "the last connection is being taken down; try again"),
+                    Order::Reconnect(reply) => busy(reply, "the connection is being taken down"),
+                    Order::Disconnect(reply) => accept(reply),
+                    Order::Shutdown => {}
+                },
+            }
+        };
+        for leftover in &leftovers {
+            tracing::error!("not undone: {leftover}");
+        }
+        Stage::Disconnected(Disconnected { reason: self.reason, leftovers })
+    }
+}

@@ -1,0 +1,444 @@
+//! The states on a double of the world.
+#![allow(clippy::unwrap_used, clippy::panic, reason = "a failed set-up is a failed test")]
+
+use std::collections::{HashMap, VecDeque};
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, Mutex};
+
+use proxyvpn_dbus::types::{Check, Flow, HealthItem, PlanStep, State};
+use proxyvpn_dbus::{Error, ReasonCode};
+use tokio::sync::{Notify, oneshot, watch};
+
+use super::intent::{Intent, IntentFile};
+use super::world::{Facts, Fault, Inspector, World};
+use super::{Command, Failure, Handle, Machine, Phase, Request};
+use crate::config::profile::{Backend, DnsSpec, Profile, ProtectSpec, Scheme, TunSpec, UpstreamSpec};
+
+/// A profile that passes all checks.
+pub(super) fn profile() -> Profile {
+    Profile {
+        name: "office".to_owned(),
+        backend: Backend::Proxy,
+        autoconnect: false,
+        upstream: UpstreamSpec {
+            scheme: Scheme::Http,
+            host: "proxy.example".to_owned(),
+            port: 8080,
+            addresses: Vec::new(),
+            username: None,
+            password: None,
+        },
+        tun: TunSpec {
+            name: "pvpn0".to_owned(),
+            cidr: "10.255.255.1/30".parse().unwrap(),
+            cidr6: "fd70:7670:6e::1/64".parse().unwrap(),
+            mtu: 65535,
+        },
+        dns: DnsSpec { servers: Vec::new() },
+        protect: ProtectSpec { killswitch: true, inbound_replies: true, lan: Vec::new() },
+        bypass_users: Vec::new(),
+    }
+}
+
+fn request() -> Request {
+    Request { profile: profile(), password: None }
+}
+
+/// What the double does and has done.
+#[derive(Default)]
+struct Script {
+    calls: Mutex<Vec<String>>,
+    /// Phases that fail, once per entry.
+    failing: Mutex<VecDeque<Phase>>,
+    /// Phases that never end.
+    hanging: Mutex<Option<Phase>>,
+    faults: Mutex<VecDeque<Fault>>,
+    fault: Notify,
+    probe_fails: AtomicU32,
+    block_fails: AtomicU32,
+    leftovers: Mutex<Vec<String>>,
+}
+
+impl Script {
+    fn fault(&self, fault: Fault) {
+        self.faults.lock().unwrap().push_back(fault);
+        self.fault.notify_one();
+    }
+
+    fn calls(&self) -> String {
+        std::mem::take(&mut *self.calls.lock().unwrap()).join(" ")
+    }
+}
+
+#[derive(Clone)]
+struct Double(Arc<Script>);
+
+/// Lets the test see the present view before the next one.
+async fn seen() {
+    for _ in 0..4 {
+        tokio::task::yield_now().await;
+    }
+}
+
+fn failure() -> Failure {
+    Failure::new(ReasonCode::UpstreamUnreachable, "no way")
+}
+
+fn take_one(counter: &AtomicU32) -> bool {
+    counter.fetch_update(Ordering::SeqCst, Ordering::SeqCst, |left| left.checked_sub(1)).is_ok()
+}
+
+impl World for Double {
+    async fn phase(&mut self, phase: Phase, _: &Request) -> Result<(), Failure> {
+        self.0.calls.lock().unwrap().push(phase.as_str().to_owned());
+        if *self.0.hanging.lock().unwrap() == Some(phase) {
+            std::future::pending::<()>().await;
+        }
+        seen().await;
+        let mut failing = self.0.failing.lock().unwrap();
+        if failing.front() == Some(&phase) {
+            failing.pop_front();
+            return Err(failure());
+        }
+        Ok(())
+    }
+
+    async fn block(&mut self, _: Option<&Request>) -> Result<(), Failure> {
+        self.0.calls.lock().unwrap().push("block".to_owned());
+        if take_one(&self.0.block_fails) { Err(failure()) } else { Ok(()) }
+    }
+
+    async fn probe(&mut self) -> Result<(), Failure> {
+        self.0.calls.lock().unwrap().push("probe".to_owned());
+        if take_one(&self.0.probe_fails) { Err(failure()) } else { Ok(()) }
+    }
+
+    async fn fault(&mut self) -> Fault {
+        loop {
+            if let Some(fault) = self.0.faults.lock().unwrap().pop_front() {
+                return fault;
+            }
+            self.0.fault.notified().await;
+        }
+    }
+
+    async fn health(&mut self) -> Vec<HealthItem> {
+        Vec::new()
+    }
+
+    async fn tear_down(&mut self) -> Vec<String> {
+        self.0.calls.lock().unwrap().push("tear-down".to_owned());
+        seen().await;
+        self.0.leftovers.lock().unwrap().clone()
+    }
+
+    fn facts(&self) -> Facts {
+        Facts::default()
+    }
+
+    fn inspector(&self) -> impl Inspector + use<> {
+        self.clone()
+    }
+}
+
+impl Inspector for Double {
+    async fn plan(&self, _: &Request) -> Result<Vec<PlanStep>, Failure> {
+        Ok(Vec::new())
+    }
+    async fn diagnose(&self, _: Option<&Request>) -> Vec<Check> {
+        Vec::new()
+    }
+    async fn flows(&self) -> Vec<Flow> {
+        Vec::new()
+    }
+    fn statistics(&self) -> HashMap<String, u64> {
+        HashMap::from([("flows-opened".to_owned(), 7)])
+    }
+}
+
+struct Rig {
+    handle: Handle,
+    script: Arc<Script>,
+    shutdown: watch::Sender<bool>,
+    directory: PathBuf,
+    machine: tokio::task::JoinHandle<()>,
+}
+
+impl Rig {
+    fn start(script: Script, wanted: Option<&str>, autoconnect: Option<Request>) -> Self {
+        static NUMBER: AtomicU32 = AtomicU32::new(0);
+        let number = NUMBER.fetch_add(1, Ordering::Relaxed);
+        let directory = std::env::temp_dir().join(format!("proxyvpn-machine-{}-{number}", std::process::id()));
+        std::fs::create_dir(&directory).unwrap();
+        let intent = IntentFile::new(&directory);
+        match wanted {
+            Some("profile") => intent.write(&profile()).unwrap(),
+            Some(text) => std::fs::write(directory.join("intent.json"), text).unwrap(),
+            None => {}
+        }
+        let script = Arc::new(script);
+        let (machine, handle) = Machine::new();
+        let (shutdown, receiver) = watch::channel(false);
+        let world = Double(Arc::clone(&script));
+        let machine = tokio::task::spawn_local(machine.run(world, intent, autoconnect, receiver));
+        Self { handle, script, shutdown, directory, machine }
+    }
+
+    fn intent(&self) -> Intent {
+        IntentFile::new(&self.directory).read()
+    }
+
+    async fn until(&mut self, state: State) {
+        self.handle.view.wait_for(|view| view.state == state && view.phase.is_empty()).await.unwrap();
+    }
+
+    async fn connect(&self) -> Result<(), Error> {
+        let (reply, answer) = oneshot::channel();
+        self.handle.commands.send(Command::Connect(Box::new(request()), reply)).await.unwrap();
+        answer.await.unwrap()
+    }
+
+    async fn disconnect(&self) -> Result<(), Error> {
+        let (reply, answer) = oneshot::channel();
+        self.handle.commands.send(Command::Disconnect(reply)).await.unwrap();
+        answer.await.unwrap()
+    }
+
+    async fn reconnect(&self) -> Result<(), Error> {
+        let (reply, answer) = oneshot::channel();
+        self.handle.commands.send(Command::Reconnect(reply)).await.unwrap();
+        answer.await.unwrap()
+    }
+
+    async fn at_rest(&mut self) {
+        while self.script.calls.lock().unwrap().is_empty() {
+            tokio::task::yield_now().await;
+        }
+        self.until(State::Disconnected).await;
+        self.script.calls();
+    }
+}
+
+impl Drop for Rig {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_dir_all(&self.directory);
+    }
+}
+
+/// Runs `test` with time that passes by itself when all wait.
+fn run<F: Future<Output = ()>>(test: F) {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_time().start_paused(true).build().unwrap();
+    tokio::task::LocalSet::new().block_on(&runtime, test);
+}
+
+const ALL_PHASES: &str = "check-privileges resolve-upstream probe-upstream save-network create-tun apply-firewall \
+                          apply-routes configure-dns flush-dns";
+
+#[test]
+fn connects_and_disconnects() {
+    run(async {
+        let mut rig = Rig::start(Script::default(), None, None);
+        rig.at_rest().await;
+        rig.connect().await.unwrap();
+        rig.until(State::Connected).await;
+        assert_eq!(rig.script.calls(), ALL_PHASES);
+        assert_eq!(rig.intent(), Intent::Profile(Box::new(profile())));
+        assert_eq!(rig.handle.view.borrow().upstream, "http://proxy.example:8080");
+        rig.disconnect().await.unwrap();
+        rig.until(State::Disconnected).await;
+        assert_eq!(rig.script.calls(), "tear-down");
+        assert_eq!(rig.intent(), Intent::Nothing);
+        assert_eq!(rig.handle.view.borrow().reason.code, "requested");
+    });
+}
+
+#[test]
+fn a_wrong_upstream_costs_nothing() {
+    for phase in [Phase::CheckPrivileges, Phase::ResolveUpstream, Phase::ProbeUpstream] {
+        run(async move {
+            let script = Script { failing: Mutex::new([phase].into()), ..Script::default() };
+            let mut rig = Rig::start(script, None, None);
+            rig.at_rest().await;
+            rig.connect().await.unwrap();
+            rig.handle.view.wait_for(|view| view.reason.code == "upstream-unreachable").await.unwrap();
+            rig.until(State::Disconnected).await;
+            assert!(!rig.script.calls().contains("tear-down"));
+            assert_eq!(rig.intent(), Intent::Nothing);
+        });
+    }
+}
+
+#[test]
+fn a_first_attempt_that_touched_the_network_gives_it_back() {
+    for phase in &Phase::PROXY[3..] {
+        run(async move {
+            let script = Script { failing: Mutex::new([*phase].into()), ..Script::default() };
+            let mut rig = Rig::start(script, None, None);
+            rig.at_rest().await;
+            rig.connect().await.unwrap();
+            rig.handle.view.wait_for(|view| view.state == State::Disconnecting).await.unwrap();
+            rig.until(State::Disconnected).await;
+            assert!(rig.script.calls().ends_with("tear-down"));
+            assert_eq!(rig.handle.view.borrow().reason.text, "no way");
+        });
+    }
+}
+
+#[test]
+fn disconnect_does_not_wait_for_a_silent_upstream() {
+    run(async {
+        let script = Script { hanging: Mutex::new(Some(Phase::ProbeUpstream)), ..Script::default() };
+        let mut rig = Rig::start(script, None, None);
+        rig.at_rest().await;
+        rig.connect().await.unwrap();
+        rig.handle.view.wait_for(|view| view.phase == "probe-upstream").await.unwrap();
+        assert!(matches!(rig.connect().await, Err(Error::Busy(_))));
+        assert!(matches!(rig.reconnect().await, Err(Error::Busy(_))));
+        rig.disconnect().await.unwrap();
+        rig.until(State::Disconnected).await;
+    });
+}
+
+#[test]
+fn reconnect_blocks_first() {
+    run(async {
+        let mut rig = Rig::start(Script::default(), None, None);
+        rig.at_rest().await;
+        rig.connect().await.unwrap();
+        rig.until(State::Connected).await;
+        rig.script.calls();
+        rig.reconnect().await.unwrap();
+        rig.handle.view.wait_for(|view| view.state == State::Connecting).await.unwrap();
+        rig.until(State::Connected).await;
+        assert_eq!(rig.script.calls(), format!("block {ALL_PHASES}"));
+    });
+}
+
+#[test]
+fn a_silent_upstream_blocks_and_comes_back() {
+    run(async {
+        let script = Script { probe_fails: 3.into(), ..Script::default() };
+        let mut rig = Rig::start(script, None, None);
+        rig.at_rest().await;
+        rig.connect().await.unwrap();
+        rig.until(State::Connected).await;
+        rig.script.calls();
+        let start = tokio::time::Instant::now();
+        rig.script.fault(Fault::Upstream(failure()));
+        rig.until(State::Blocked).await;
+        rig.until(State::Connected).await;
+        assert_eq!(rig.script.calls(), "probe probe probe probe");
+        assert_eq!(start.elapsed().as_secs(), 1 + 2 + 4 + 8);
+    });
+}
+
+#[test]
+fn a_lost_device_blocks_before_it_is_built_anew() {
+    run(async {
+        let mut rig = Rig::start(Script::default(), None, None);
+        rig.at_rest().await;
+        rig.connect().await.unwrap();
+        rig.until(State::Connected).await;
+        rig.script.calls();
+        rig.script.failing.lock().unwrap().push_back(Phase::CreateTun);
+        rig.script.fault(Fault::Broken(failure()));
+        rig.until(State::Blocked).await;
+        assert_eq!(rig.script.calls(), "block");
+        rig.handle.view.wait_for(|view| view.state == State::Connecting).await.unwrap();
+        rig.until(State::Blocked).await;
+        rig.until(State::Connected).await;
+        assert!(!rig.script.calls().contains("tear-down"));
+    });
+}
+
+#[test]
+fn a_failed_block_is_said() {
+    run(async {
+        let mut rig = Rig::start(Script::default(), None, None);
+        rig.at_rest().await;
+        rig.connect().await.unwrap();
+        rig.until(State::Connected).await;
+        rig.script.block_fails.store(1, Ordering::SeqCst);
+        rig.script.fault(Fault::Broken(failure()));
+        rig.until(State::Blocked).await;
+        assert!(rig.handle.view.borrow().reason.text.contains("traffic may leave unprotected"));
+    });
+}
+
+#[test]
+fn a_killed_daemon_goes_on_behind_the_block() {
+    run(async {
+        let mut rig = Rig::start(Script::default(), Some("profile"), None);
+        rig.until(State::Connected).await;
+        assert_eq!(rig.script.calls(), format!("block {ALL_PHASES}"));
+    });
+}
+
+#[test]
+fn an_unreadable_record_blocks_until_somebody_decides() {
+    run(async {
+        let mut rig = Rig::start(Script::default(), Some("{"), None);
+        rig.until(State::Blocked).await;
+        assert_eq!(rig.script.calls(), "block");
+        assert_eq!(rig.handle.view.borrow().reason.code, "intent-unreadable");
+        assert!(matches!(rig.reconnect().await, Err(Error::NotConnected(_))));
+        tokio::time::sleep(std::time::Duration::from_secs(3600)).await;
+        assert_eq!(rig.script.calls(), "");
+        rig.disconnect().await.unwrap();
+        rig.until(State::Disconnected).await;
+        assert_eq!(rig.intent(), Intent::Nothing);
+    });
+}
+
+#[test]
+fn autoconnect_never_opens() {
+    run(async {
+        let script = Script { failing: Mutex::new([Phase::ResolveUpstream].into()), ..Script::default() };
+        let mut rig = Rig::start(script, None, Some(request()));
+        rig.until(State::Blocked).await;
+        rig.until(State::Connected).await;
+        assert!(!rig.script.calls().contains("tear-down"));
+    });
+}
+
+#[test]
+fn shutdown_takes_everything_away_and_keeps_the_record() {
+    run(async {
+        let mut rig = Rig::start(Script::default(), None, None);
+        rig.at_rest().await;
+        rig.connect().await.unwrap();
+        rig.until(State::Connected).await;
+        rig.script.calls();
+        rig.shutdown.send(true).unwrap();
+        (&mut rig.machine).await.unwrap();
+        assert_eq!(rig.script.calls(), "tear-down");
+        assert_eq!(rig.intent(), Intent::Profile(Box::new(profile())));
+    });
+}
+
+#[test]
+fn what_could_not_be_undone_is_shown() {
+    run(async {
+        let script = Script { leftovers: Mutex::new(vec!["route x".to_owned()]), ..Script::default() };
+        let mut rig = Rig::start(script, None, None);
+        rig.handle.view.wait_for(|view| !view.health.is_empty()).await.unwrap();
+        let health = rig.handle.view.borrow().health.clone();
+        assert_eq!(health[0].code, "not-undone");
+        assert!(health[0].text.contains("rescue"));
+    });
+}
+
+#[test]
+fn questions_are_answered_in_every_state() {
+    run(async {
+        let script = Script { hanging: Mutex::new(Some(Phase::ProbeUpstream)), ..Script::default() };
+        let rig = Rig::start(script, Some("profile"), None);
+        let (reply, answer) = oneshot::channel();
+        rig.handle.commands.send(Command::Statistics(reply)).await.unwrap();
+        assert_eq!(answer.await.unwrap()["flows-opened"], 7);
+        let (reply, answer) = oneshot::channel();
+        rig.handle.commands.send(Command::Plan(Box::new(request()), reply)).await.unwrap();
+        assert!(answer.await.unwrap().unwrap().is_empty());
+    });
+}

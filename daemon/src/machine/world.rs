@@ -1,0 +1,64 @@
+//! What the states do to the world. The states are tested on a double of it.
+
+use std::collections::HashMap;
+
+use proxyvpn_dbus::types::{Check, Flow, HealthItem, PlanStep};
+
+use super::{Failure, Phase, Request};
+
+/// The effects of a backend.
+#[allow(async_fn_in_trait, reason = "the machine runs on the thread that drives it, so nothing here need be Send")]
+pub trait World {
+    /// Runs one phase. Dropped half-way only where [`Phase::interruptible`].
+    async fn phase(&mut self, phase: Phase, request: &Request) -> Result<(), Failure>;
+    /// Stops all traffic around *and* through the tunnel, except what `request` exempts, whatever is there now. Idempotent.
+    async fn block(&mut self, request: Option<&Request>) -> Result<(), Failure>;
+    /// Asks the upstream of the last attempt again.
+    async fn probe(&mut self) -> Result<(), Failure>;
+    /// Waits for a fault of what runs. Never returns when nothing runs.
+    async fn fault(&mut self) -> Fault;
+    /// Looks whether all is still as applied, and what else the user should know.
+    async fn health(&mut self) -> Vec<HealthItem>;
+    /// Takes everything away; what could not be undone is in the answer, one line each.
+    async fn tear_down(&mut self) -> Vec<String>;
+    /// What the view shows of the running connection.
+    fn facts(&self) -> Facts;
+    /// Answers questions beside the states.
+    fn inspector(&self) -> impl Inspector + use<Self>;
+}
+
+/// What a running connection shows.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Facts {
+    /// Backend of the firewall or empty.
+    pub firewall: &'static str,
+    /// Tunnel device or empty.
+    pub device: String,
+    /// Resolvers reached around the tunnel.
+    pub resolvers: Vec<String>,
+    /// Whether traffic around the tunnel is blocked.
+    pub blocking: bool,
+}
+
+/// A change in what runs.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Fault {
+    /// The upstream does not answer; what is applied stays.
+    Upstream(Failure),
+    /// The upstream answers again.
+    UpstreamWorking,
+    /// The device or the engine is gone: it must be built anew.
+    Broken(Failure),
+}
+
+/// Answers questions without holding up the states; clones share what runs.
+pub trait Inspector: Clone + Send + 'static {
+    /// What a connection would change.
+    fn plan(&self, request: &Request) -> impl Future<Output = Result<Vec<PlanStep>, Failure>> + Send;
+    /// What a connection needs, checked.
+    fn diagnose(&self, request: Option<&Request>) -> impl Future<Output = Vec<Check>> + Send;
+    /// The connections in the tunnel.
+    fn flows(&self) -> impl Future<Output = Vec<Flow>> + Send;
+    /// Counters of the engine.
+    fn statistics(&self) -> HashMap<String, u64>;
+}
