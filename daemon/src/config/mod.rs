@@ -1,5 +1,23 @@
 //! Files of the administrator.
 //!
 //! - [`profile`]: one profile, checked
+//! - [`parse`]: TOML text to a checked profile
+//! - [`check`]: the rules of single values, the same for files and for callers on the bus
+//! - [`url`]: the upstream's URL
+//! - [`store`]: the directories of profiles
+//! - [`daemon`]: settings of the daemon
+//! - [`secret`](mod@secret): passwords
+//! - [`file`](mod@file): files that only the right owner can have written
+//! - [`error`](mod@error): what is wrong in a text, with its place
 
+pub mod check;
+pub mod daemon;
+pub mod error;
+pub mod file;
+pub mod parse;
 pub mod profile;
+mod raw;
+pub mod secret;
+pub mod store;
+mod sys;
+pub mod url;

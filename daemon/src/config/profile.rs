@@ -1,6 +1,6 @@
 //! A profile after all checks.
 
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::path::PathBuf;
 
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
@@ -9,7 +9,8 @@ use serde::{Deserialize, Serialize};
 /// A profile: what to connect to and what to protect (`proxyvpn-profile(5)`).
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Profile {
-    /// Name: 1 to 64 of `[A-Za-z0-9._-]`, not starting with `.` or `-`.
+    /// Name: 1 to 64 of `[A-Za-z0-9._-]`, not starting with `.` or `-`
+    /// ([`check::profile_name`](super::check::profile_name)); `adhoc` for a connection without a profile.
     pub name: String,
     /// Which backend carries it.
     pub backend: Backend,
@@ -95,8 +96,19 @@ pub struct TunSpec {
     pub mtu: u16,
 }
 
+impl Default for TunSpec {
+    fn default() -> Self {
+        Self {
+            name: "pvpn0".to_owned(),
+            cidr: Ipv4Net::new_assert(Ipv4Addr::new(10, 255, 255, 1), 30),
+            cidr6: Ipv6Net::new_assert(Ipv6Addr::new(0xfd70, 0x7670, 0x6e, 0, 0, 0, 0, 1), 64),
+            mtu: 65535,
+        }
+    }
+}
+
 /// `[dns]`. The modes other than `bypass` are rejected with a clear error until they are built.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DnsSpec {
     /// Resolvers that may be asked around the tunnel; empty means those of the machine.
     pub servers: Vec<IpAddr>,
@@ -111,4 +123,10 @@ pub struct ProtectSpec {
     pub inbound_replies: bool,
     /// Prefixes that go around the tunnel.
     pub lan: Vec<IpNet>,
+}
+
+impl Default for ProtectSpec {
+    fn default() -> Self {
+        Self { killswitch: true, inbound_replies: true, lan: Vec::new() }
+    }
 }

@@ -1,0 +1,79 @@
+//! The shape of the files: keys and types, before any check of values.
+
+use serde::Deserialize;
+use toml::Spanned;
+
+/// A text with its place.
+pub(super) type Text = Spanned<String>;
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case", default)]
+pub(super) struct Profile {
+    pub(super) backend: Option<Text>,
+    pub(super) autoconnect: bool,
+    pub(super) upstream: Option<Spanned<Upstream>>,
+    pub(super) tun: Tun,
+    pub(super) dns: Dns,
+    pub(super) protect: Protect,
+    pub(super) bypass: Bypass,
+    pub(super) torvm: Option<Spanned<TorVm>>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case", default)]
+pub(super) struct Upstream {
+    pub(super) url: Option<Text>,
+    pub(super) addresses: Vec<Text>,
+    pub(super) username: Option<Text>,
+    pub(super) password_credential: Option<Text>,
+    pub(super) password_file: Option<Text>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case", default)]
+pub(super) struct Tun {
+    pub(super) name: Option<Text>,
+    pub(super) cidr: Option<Text>,
+    pub(super) cidr6: Option<Text>,
+    pub(super) mtu: Option<Spanned<i64>>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case", default)]
+pub(super) struct Dns {
+    pub(super) mode: Option<Text>,
+    pub(super) servers: Vec<Text>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case", default)]
+pub(super) struct Protect {
+    pub(super) killswitch: Option<bool>,
+    pub(super) inbound_replies: Option<bool>,
+    pub(super) lan: Vec<Text>,
+    pub(super) forward: Option<Text>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case", default)]
+pub(super) struct Bypass {
+    /// Names or numbers.
+    pub(super) users: Vec<Spanned<toml::Value>>,
+}
+
+/// Keys of the section that only the other backend reads; their values are not looked at here.
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case", default)]
+pub(super) struct TorVm {
+    memory_mib: Option<u32>,
+    accel: Option<String>,
+    bridges: Vec<String>,
+    transport: Option<String>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case", default)]
+pub(super) struct Daemon {
+    pub(super) log_level: Option<Text>,
+    pub(super) max_flows: Option<Spanned<i64>>,
+}
