@@ -1,11 +1,15 @@
 //! The daemon: control of the machine's network. Packets are the engine's (`proxyvpn-engine`).
 //!
+//! - [`authority`]: who may do what, by polkit
 //! - [`config`]: files of the administrator: settings, profiles, secrets
+//! - [`log`]: the newest records, for callers on the bus
 //! - [`resolvers`]: which DNS servers the machine uses
 //! - [`net`]: mechanism: desired network state, plan, apply, undo; knows no profiles
 //! - [`machine`]: policy: the states of the connection
 
+pub mod authority;
 pub mod config;
+pub mod log;
 pub mod machine;
 pub mod net;
 pub mod resolvers;
