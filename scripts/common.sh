@@ -39,7 +39,7 @@ find_cargo() {
   dirs+=("${path[@]}" "${HOME:-/root}/.cargo/bin")
   for dir in /usr/lib/rust-*/bin; do dirs+=("$dir"); done
   for dir in "${dirs[@]}"; do
-    [ -x "$dir/cargo" ] && [ -x "$dir/rustc" ] || continue
+    if ! [ -x "$dir/cargo" ] || ! [ -x "$dir/rustc" ]; then continue; fi
     version=$(cd "$ROOT" && as_builder "$dir/rustc" --version 2>/dev/null | cut -d' ' -f2) || continue
     if [ -n "$version" ] && version_ge "${version%%-*}" "$need"; then echo "$dir"; return 0; fi
   done

@@ -115,7 +115,7 @@ lab_up() {
   make_secrets
   # start_machine's machines outlive a lab.sh that is only a command; whoever sources this has a trap
   start_machine net unshare --mount --net --pid --fork --kill-child --mount-proc --propagation private "$ROOT/scripts/lab.sh" inside-net
-  start_machine app "$ROOT/scripts/private-bus.sh" "$stage" "$ROOT/scripts/lab.sh" inside-app
+  start_machine app "$ROOT/scripts/private-bus.sh" --user alice --user mallory "$stage" "$ROOT/scripts/lab.sh" inside-app
   nsenter -t "$(lab_pid net)" -n ip link add wan0 type veth peer name eth0 netns "$(lab_pid app)" || die "no veth pair"
   : >"$LAB/wired"
   await_ready net; await_ready app
@@ -165,10 +165,11 @@ inside_net() {
 
   # --immediate-mode and -U: what was on the wire is in the file at once
   as_daemon tcpdump tcpdump -i wan0 -n -U --immediate-mode -s 128 -w "$LAB/wire.pcap" -Z root
+  local helper=/usr/lib/squid/basic_ncsa_auth; [ -x "$helper" ] || helper=/usr/libexec/squid/basic_ncsa_auth
   cat >"$LAB/squid.conf" <<CONF
 http_port $LAB_PROXY:3128
 http_port [$LAB_PROXY6]:3128
-auth_param basic program $(ls /usr/lib/squid/basic_ncsa_auth /usr/libexec/squid/basic_ncsa_auth 2>/dev/null | head -n1) $LAB/squid.passwd
+auth_param basic program $helper $LAB/squid.passwd
 auth_param basic children 5 startup=1
 auth_param basic credentialsttl 1 hour
 acl known proxy_auth REQUIRED
@@ -221,11 +222,8 @@ inside_app() {
   rm -f /etc/resolv.conf; printf 'nameserver %s\n' "$LAB_DNS" >/etc/resolv.conf
   # An own device node: a chmod here must never reach the machine's.
   mkdir -p /run/pvlab-net; mount -t tmpfs -o mode=755 tmpfs /dev/net; mknod -m 666 /dev/net/tun c 10 200
-  getent group proxyvpn >/dev/null || groupadd --system proxyvpn
-  getent passwd proxyvpn >/dev/null || useradd --system -g proxyvpn -M -s /usr/sbin/nologin proxyvpn
   local user
   for user in alice mallory; do
-    getent passwd "$user" >/dev/null || useradd -M -s /bin/bash "$user"
     mkdir -p "$LAB/home/$user"; chown "$user:" "$LAB/home/$user"; chmod 700 "$LAB/home/$user"
   done
   install -d -m 755 /etc/polkit-1/rules.d
@@ -239,9 +237,8 @@ RULES
   install -d -m 755 /etc/proxyvpn /etc/proxyvpn/profiles.d
   install -d -m 750 -o proxyvpn -g proxyvpn /run/proxyvpn
   install -d -m 700 -o proxyvpn -g proxyvpn "$LAB/lib"
-  for user in alice root; do
-    if [ "$user" = alice ]; then install -m 600 -o alice "$LAB/ssh_user" "$LAB/home/alice/key"; fi
-  done
+  install -m 600 -o alice "$LAB/ssh_user" "$LAB/home/alice/key"
+  install -m 600 -o alice "$LAB/password" "$LAB/home/alice/password"
   mkdir -p /run/sshd; unlocked_root; sshd_config app; as_daemon sshd-app "$(command -v sshd)" -D -e -f "$LAB/sshd_app.conf"
   up() { listening 22; }
   wait_for 10 up || { : >"$LAB/app.failed"; exit 1; }
@@ -251,8 +248,8 @@ RULES
 
 # ---- the daemon ----
 lab_daemon() {
-  local as=(setpriv --reuid proxyvpn --regid proxyvpn --clear-groups --no-new-privs --inh-caps=-all,+net_admin --ambient-caps=-all,+net_admin
-    --bounding-set=-all,+net_admin) owner=proxyvpn
+  local only="-all,+net_admin" owner=proxyvpn
+  local as=(setpriv --reuid proxyvpn --regid proxyvpn --clear-groups --no-new-privs --inh-caps="$only" --ambient-caps="$only" --bounding-set="$only")
   if [ "${1:-}" = --root ]; then as=() owner=root; shift; fi
   local bin; bin=$(cat "$LAB/stage.path")/usr/libexec/proxyvpn/proxyvpnd
   [ -x "$bin" ] || die "no daemon in the lab's stage ($bin)"

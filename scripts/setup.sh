@@ -2,6 +2,7 @@
 # setup.sh: installs what building and testing proxyvpn need on Debian or Ubuntu; a second run only looks and takes a second.
 #   --build   only what building needs
 set -euo pipefail
+# shellcheck source=scripts/common.sh
 . "$(dirname "$0")/common.sh"
 
 build=(gcc libc6-dev pkg-config libmnl-dev libnftnl-dev ca-certificates git)

@@ -1,0 +1,45 @@
+#!/bin/bash
+# test-unit.sh: everything that needs no root: format, lints, unit tests, scripts, licences.
+set -uo pipefail
+# shellcheck source=scripts/common.sh
+. "$(dirname "$0")/common.sh"
+use_cargo
+cd "$ROOT" || exit 1
+
+has_component() { as_builder env PATH="$PATH" cargo "$1" --version >/dev/null 2>&1; }
+if has_component fmt; then check "cargo fmt --check" cargo_run fmt --check; else skipped "cargo fmt --check" "rustfmt is not installed"; fi
+if has_component clippy; then
+  check "cargo clippy (warnings are errors)" cargo_run clippy --workspace --all-targets --all-features --locked --quiet -- -D warnings
+else skipped "cargo clippy" "clippy is not installed"; fi
+
+log=$LOGS/cargo-test.log; mkdir -p "$LOGS"
+if cargo_run test --workspace --locked --no-fail-fast >"$log" 2>&1; then cargo_counts "$log"; say "ok       cargo test"
+else
+  before=$FAILED; cargo_counts "$log"; say "FAILED   cargo test"
+  # a build that fails counts too
+  [ "$FAILED" -gt "$before" ] || FAILED=$((FAILED + 1))
+  grep -E '^(error|warning: unused|failures:|    [a-z_:]+$|test .*FAILED|thread .* panicked)|panicked at' "$log" | tail -n 40; tail -n 25 "$log"; say "  (whole log: $log)"
+fi
+
+if command -v shellcheck >/dev/null; then check "shellcheck" shellcheck -x -P . scripts/*.sh .ci/run
+else skipped "shellcheck" "shellcheck is not installed"; fi
+python_files() { python3 - scripts/*.py tests/e2e/*.py <<'PY'
+import ast, sys
+for name in sys.argv[1:]:
+    ast.parse(open(name, encoding="utf-8").read(), name)
+PY
+}
+check "python files parse" python_files
+licences() { cargo_run metadata --format-version 1 --locked | python3 scripts/licences.py deny.toml; }
+check "licences and sources of dependencies" licences
+if as_builder env PATH="$PATH" cargo deny --version >/dev/null 2>&1; then check "cargo deny" cargo_run deny --offline check bans sources
+else skipped "cargo deny" "cargo-deny is not installed (licences and sources are checked above)"; fi
+if command -v systemd-analyze >/dev/null; then
+  unit_syntax() { # only what is wrong with the file itself: the program is not installed here
+    local dir; dir=$(mktemp -d); sed 's#/usr/libexec/proxyvpn/proxyvpnd#/bin/true#' systemd/proxyvpnd.service >"$dir/proxyvpnd.service"
+    systemd-analyze verify --man=no "$dir/proxyvpnd.service" 2>"$dir/log"; cat "$dir/log"; ! grep -q proxyvpnd.service: "$dir/log"
+    local status=$?; rm -rf "$dir"; return $status
+  }
+  check "systemd unit" unit_syntax
+else skipped "systemd unit" "systemd-analyze is not installed"; fi
+summary
