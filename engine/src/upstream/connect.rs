@@ -122,7 +122,7 @@ pub(super) fn judge(proxy: &HttpProxy, target: String, answer: Answer) -> Result
     let upstream = proxy.name.clone();
     match status {
         200..=299 => Ok(early),
-        407 => Err(ConnectError::Authentication {
+        401 | 407 => Err(ConnectError::Authentication {
             upstream,
             fault: match (other_schemes_only, &proxy.credentials) {
                 (true, _) => AuthenticationFault::NoBasic,

@@ -16,15 +16,18 @@ pub enum ConnectError {
     },
     /// The proxy accepted the connection and did not finish its answer in time. A destination that swallows packets looks the
     /// same, since most proxies then wait for longer than we do: several in a row are a reason to probe.
-    #[error("{upstream} accepted the connection but did not answer within {seconds} s; is it an HTTP proxy?")]
+    #[error(
+        "{upstream} accepted the connection but did not answer within {seconds} s; it is overloaded, still trying to reach the \
+         destination, or no HTTP proxy"
+    )]
     Silent {
         /// Who.
         upstream: String,
         /// The bound.
         seconds: u64,
     },
-    /// 407.
-    #[error("{upstream} {fault} (407)")]
+    /// 407, or 401: a wrong password is a 401 to tinyproxy, and nobody but the proxy can answer a CONNECT.
+    #[error("{upstream} {fault}")]
     Authentication {
         /// Who.
         upstream: String,
@@ -64,9 +67,7 @@ pub enum ConnectError {
         detail: String,
     },
     /// This process cannot open a socket (out of descriptors, mark refused, no port left).
-    #[error(
-        "this machine has no socket for {upstream}; the usual causes are a missing CAP_NET_ADMIN, LimitNOFILE and net.ipv4.ip_local_port_range"
-    )]
+    #[error("this machine has no socket for {upstream}; {}", remedy(source))]
     Local {
         /// Who.
         upstream: String,
@@ -94,7 +95,7 @@ pub enum ConnectError {
     },
 }
 
-/// What a 407 complains about.
+/// What a 407 or 401 complains about.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum AuthenticationFault {
     /// We sent no credentials.
@@ -112,7 +113,8 @@ pub enum AuthenticationFault {
 
 impl ConnectError {
     /// True when the upstream itself is at fault, not the destination behind it and not this machine. For
-    /// [`Silent`](Self::Silent) that is a suspicion, which [`Connector::probe`](super::Connector::probe) can settle.
+    /// [`Silent`](Self::Silent) that is only a suspicion: squid says nothing while a destination or a name server does not
+    /// answer. [`Connector::probe`](super::Connector::probe) settles it, and is to be asked before anything is blamed.
     #[must_use]
     pub fn is_upstream(&self) -> bool {
         match self {
@@ -144,10 +146,22 @@ fn advice(status: u16) -> &'static str {
         }
         400 => "it may be a web server and not a proxy: check its address and port",
         405 | 501 | 505 => "it does not do CONNECT, as a web server that is no proxy: check its address and port",
-        401 | 403 => "ask its operator to allow this destination and port for this machine",
+        403 => "ask its operator to allow this destination and port for this machine",
         429 | 503 => "it may be overloaded or the destination down: try again later",
-        502 | 504 => "the destination may be down, or the proxy has no way to it",
+        500 | 502 | 504 => "the destination may be down, or the proxy has no way to it",
         _ => "the proxy's log may say more",
+    }
+}
+
+/// What the administrator can do about a socket that could not be had.
+fn remedy(error: &io::Error) -> &'static str {
+    match error.raw_os_error() {
+        Some(libc::EMFILE | libc::ENFILE) => "raise LimitNOFILE of the service",
+        Some(libc::EADDRNOTAVAIL) => "widen net.ipv4.ip_local_port_range, or give the proxy more addresses",
+        Some(libc::EPERM | libc::EACCES) => {
+            "the service needs CAP_NET_ADMIN, and no firewall or route of this machine may forbid the connection"
+        }
+        _ => "the system log may say more",
     }
 }
 

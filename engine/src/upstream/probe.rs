@@ -18,7 +18,8 @@ impl Connector {
     /// for [`Upstream::Direct`].
     ///
     /// # Errors
-    /// See [`ConnectError`]; [`Refused`](ConnectError::Refused) means that it does not do CONNECT.
+    /// See [`ConnectError`]; [`Refused`](ConnectError::Refused) means that it does not do CONNECT. All but
+    /// [`Local`](ConnectError::Local) are about the upstream.
     pub async fn probe(&self) -> Result<(), ConnectError> {
         let Upstream::HttpConnect(proxy) = &self.upstream else { return Ok(()) };
         let deadline = Instant::now() + self.timeout;
@@ -28,7 +29,7 @@ impl Connector {
         let target = SocketAddr::new(peer.ip(), HTTPS).to_string();
         let (_stream, answer) = self.ask(proxy, stream, &target, deadline).await?;
         match answer.status {
-            400 | 407 => {}
+            400 | 401 | 407 => {}
             status if no_connect(status) => {}
             _ => return Ok(()),
         }

@@ -212,6 +212,7 @@ async fn authentication() {
         (&plain[..], None, AuthenticationFault::Missing),
         (plain, Some(("a", "wrong")), AuthenticationFault::Rejected),
         (other, Some(("a", "b")), AuthenticationFault::NoBasic),
+        (b"HTTP/1.0 401 Unauthorized\r\n\r\n", Some(("a", "wrong")), AuthenticationFault::Rejected),
     ] {
         for probe in [false, true] {
             let (address, _server) = serve(vec![Send(answer)]).await;
