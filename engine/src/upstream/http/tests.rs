@@ -223,7 +223,7 @@ proptest! {
     }
 
     #[test]
-    fn no_name_can_add_a_line(name in "\\PC*|[\\x00-\\x7f]{0,300}", port: u16) {
+    fn no_name_can_add_a_line(name in "[a-z.]{1,9}[\\x00-\\x7f]{0,2}[a-z]{0,5}|\\PC{0,9}", port: u16) {
         if let Ok(authority) = authority(&Target::Name(name, port)) {
             let request = request(&authority, None);
             let lines: Vec<&[u8]> = request.split(|byte| *byte == b'\n').collect();
