@@ -12,6 +12,7 @@
 
 pub mod check;
 pub mod daemon;
+pub mod descriptor;
 pub mod error;
 pub mod file;
 pub mod parse;

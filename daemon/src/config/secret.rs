@@ -2,28 +2,19 @@
 //! that are wiped.
 
 use std::ffi::OsString;
-use std::fs::File;
-use std::io::{self, Read};
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant};
 
 use proxyvpn_engine::secret::Secret;
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::fs::{FileType, fstat};
 use rustix::process::geteuid;
-use tokio::sync::{Semaphore, oneshot};
 
+use super::descriptor::{self, DescriptorError};
 use super::error::Rejected;
 use super::file::{self, FileError, Rules};
 use super::profile::PasswordSource;
 
 /// Longest password in bytes, with its newline.
 pub const MAX_SECRET: usize = 4096;
-/// How long a caller's descriptor may take to give it.
-const FD_TIMEOUT: Duration = Duration::from_secs(2);
-/// Threads that may wait for callers' descriptors. A file on a hostile file system can hold its thread for ever.
-static READERS: Semaphore = Semaphore::const_new(8);
 
 /// Why there is no password. No message has any part of it.
 #[derive(Debug, thiserror::Error)]
@@ -58,18 +49,9 @@ pub enum SecretError {
         /// Where it came from.
         origin: String,
     },
-    /// The descriptor is a directory, device or terminal.
-    #[error("the password must come from a file or a pipe")]
-    Descriptor,
-    /// The descriptor gave no end in time.
-    #[error("the caller did not give the password within {} s", FD_TIMEOUT.as_secs())]
-    Timeout,
-    /// Too many callers' descriptors are being waited for.
-    #[error("too many callers are giving passwords at the same time; try again")]
-    Busy,
-    /// The descriptor cannot be read.
+    /// The caller's descriptor gives nothing.
     #[error("cannot read the password from the caller's descriptor")]
-    Read(#[source] io::Error),
+    Descriptor(#[source] DescriptorError),
 }
 
 /// Reads the password anew from where the profile says. Blocks for a file's reading.
@@ -104,68 +86,13 @@ fn read_file(path: &Path, owners: &[u32]) -> Result<Secret, SecretError> {
     secret(&bytes, &path.to_string_lossy())
 }
 
-/// Reads a password from a descriptor of a bus caller, to its end, within two seconds. The caller is hostile: the reading
-/// is done on a thread of its own that nobody waits for longer.
+/// Reads a password from a descriptor of a bus caller, to its end, within two seconds.
 ///
 /// # Errors
 /// See [`SecretError`].
 pub async fn read_fd(fd: OwnedFd) -> Result<Secret, SecretError> {
-    let permit = READERS.try_acquire().map_err(|_| SecretError::Busy)?;
-    let (done, result) = oneshot::channel();
-    // Not the runtime's blocking pool: that waits for its threads when the daemon ends.
-    std::thread::Builder::new()
-        .name("password".to_owned())
-        .spawn(move || {
-            // The receiver may have given up.
-            let _ = done.send(read_fd_blocking(fd, FD_TIMEOUT));
-            drop(permit);
-        })
-        .map_err(SecretError::Read)?;
-    match tokio::time::timeout(FD_TIMEOUT + Duration::from_millis(200), result).await {
-        Ok(Ok(secret)) => secret,
-        Ok(Err(_)) => Err(SecretError::Read(io::ErrorKind::BrokenPipe.into())),
-        Err(_) => Err(SecretError::Timeout),
-    }
-}
-
-fn read_fd_blocking(fd: OwnedFd, timeout: Duration) -> Result<Secret, SecretError> {
-    let stat = fstat(&fd).map_err(|errno| SecretError::Read(errno.into()))?;
-    if !matches!(FileType::from_raw_mode(stat.st_mode), FileType::RegularFile | FileType::Fifo) {
-        return Err(SecretError::Descriptor);
-    }
-    let origin = "the caller";
-    let reader = Patient { file: File::from(fd), deadline: Instant::now() + timeout };
-    let bytes = file::read_bounded(reader, MAX_SECRET).map_err(|error| match error.kind() {
-        io::ErrorKind::TimedOut => SecretError::Timeout,
-        _ => SecretError::Read(error),
-    })?;
-    secret(&bytes.ok_or(SecretError::TooLong { origin: origin.into() })?, origin)
-}
-
-/// Waits for each piece, up to a deadline.
-struct Patient {
-    file: File,
-    deadline: Instant,
-}
-
-impl Read for Patient {
-    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        loop {
-            let left = self.deadline.saturating_duration_since(Instant::now());
-            let left = Timespec::try_from(left).map_err(|_| io::ErrorKind::TimedOut)?;
-            let mut fds = [PollFd::from_borrowed_fd(self.file.as_fd(), PollFlags::IN)];
-            match poll(&mut fds, Some(&left)) {
-                Ok(0) => return Err(io::ErrorKind::TimedOut.into()),
-                Ok(_) => {}
-                Err(errno) => return Err(errno.into()),
-            }
-            match self.file.read(buffer) {
-                // Non-blocking, and somebody else took what was there.
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
-                other => return other,
-            }
-        }
-    }
+    let bytes = descriptor::read(fd, MAX_SECRET).await.map_err(SecretError::Descriptor)?;
+    secret(&bytes, "the caller")
 }
 
 /// One line of text; its newline is dropped.
