@@ -1,0 +1,162 @@
+//! The way rules reach the kernel.
+
+use std::{path::PathBuf, sync::LazyLock};
+
+use super::{
+    compile::compile,
+    error::Error,
+    iptables::{self, Programs},
+    netlink::Netlink,
+    nft,
+    program::find,
+    rules::Ruleset,
+};
+use crate::net::desired::{Desired, Exceptions, Tunnel};
+
+/// The way rules reach the kernel.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Backend {
+    /// libnftnl over netlink: `CAP_NET_ADMIN` is enough.
+    Nftnl,
+    /// The program `nft`, at this path; as root only.
+    Nft(PathBuf),
+    /// The iptables programs; as root only.
+    Iptables(Programs),
+}
+
+/// A ruleset with every kind of rule, to ask for before anything is changed.
+static SAMPLE: LazyLock<Ruleset> = LazyLock::new(|| {
+    let v4 = ipnet::Ipv4Net::new_assert([10, 255, 255, 1].into(), 30);
+    let v6 = ipnet::Ipv6Net::new_assert([0xfd70, 0x7670, 0x6e, 0, 0, 0, 0, 1].into(), 64);
+    let tunnel = Tunnel { name: "pvpn0".to_owned(), v4, v6, mtu: 1500 };
+    let exceptions = Exceptions { lan: vec![v4.into(), v6.into()], resolvers: vec![v4.addr().into()], users: vec![0] };
+    compile(&Desired { tunnel: Some(tunnel), exceptions, killswitch: true, inbound_replies: true }, &[])
+});
+
+impl Backend {
+    /// Chooses the first that works and leaves nothing: libnftnl, then, as root, `nft`, then iptables.
+    ///
+    /// # Errors
+    /// [`Error::Unavailable`] with what was tried and what to do.
+    pub fn choose() -> Result<Self, Error> {
+        let mut tried = vec![];
+        match Netlink::open().and_then(|mut netlink| netlink.probe(&SAMPLE)) {
+            Ok(()) => return Ok(Self::Nftnl),
+            Err(error) => tried.push(format!("nftnl: {}", chain(&error))),
+        }
+        if !rustix::process::geteuid().is_root() {
+            let advice = "Start proxyvpnd with its systemd unit, which gives it CAP_NET_ADMIN, or as root";
+            return Err(Error::Unavailable { tried: tried.join("; "), advice });
+        }
+        match find("nft") {
+            Some(path) => match nft::probe(&path, &SAMPLE) {
+                Ok(()) => return Ok(Self::Nft(path)),
+                Err(error) => tried.push(format!("nft: {}", chain(&error))),
+            },
+            None => tried.push("nft: the program is not installed".to_owned()),
+        }
+        match Programs::find() {
+            Some(programs) => match programs.probe(&SAMPLE) {
+                Ok(()) => return Ok(Self::Iptables(programs)),
+                Err(error) => tried.push(format!("iptables: {}", chain(&error))),
+            },
+            None => tried.push("iptables: the programs are not installed".to_owned()),
+        }
+        let advice = "Use a kernel with nf_tables (CONFIG_NF_TABLES_INET) and load its modules, or install iptables";
+        Err(Error::Unavailable { tried: tried.join("; "), advice })
+    }
+
+    /// The name for status and logs: `nftnl`, `nft` or `iptables`.
+    pub fn name(&self) -> &'static str {
+        match self {
+            Self::Nftnl => "nftnl",
+            Self::Nft(_) => "nft",
+            Self::Iptables(_) => "iptables",
+        }
+    }
+
+    /// What this backend can't promise, one sentence each.
+    ///
+    /// All three: frames that bypass the IP layer (packet sockets with the privilege for them, bridged frames while
+    /// `bridge-nf-call-iptables` is off) do not pass a chain of the firewall.
+    pub fn weaknesses(&self) -> &'static [&'static str] {
+        const FLUSH: &str = "another administrator's program can flush or replace the rules";
+        match self {
+            Self::Nftnl => &[FLUSH],
+            Self::Nft(_) => &[FLUSH, "only root can use the nft program, so the daemon can't drop its privileges"],
+            Self::Iptables(_) => &[
+                "another administrator's program can flush the rules, or put its own in front of them",
+                "a change is atomic per table only: IPv4 is switched before IPv6, and marks before filters",
+                "rules are read back by their number, not by their content",
+                "after removal, empty built-in chains of iptables may remain",
+                "only root can use the iptables programs, so the daemon can't drop its privileges",
+            ],
+        }
+    }
+
+    /// Puts these rules in place of older ones, and reads back what is then there.
+    ///
+    /// # Errors
+    /// The kernel's refusal (nothing was changed), or [`Error::Differs`] (something else changes the rules).
+    pub fn apply(&self, ruleset: &Ruleset) -> Result<(), Error> {
+        ruleset.check()?;
+        match self {
+            Self::Nftnl => Netlink::open()?.apply(ruleset),
+            Self::Nft(path) => nft::apply(path, ruleset),
+            Self::Iptables(programs) => programs.apply(ruleset),
+        }
+    }
+
+    /// Removes what any backend made; nothing there is success. Goes on after an error and gives back the first.
+    pub fn remove(&self) -> Result<(), Error> {
+        let own = match self {
+            Self::Nftnl => Netlink::open().and_then(|mut netlink| netlink.remove()),
+            Self::Nft(path) => nft::remove(path),
+            // A kernel without nf_tables has no table either; where it has, another backend may have made one.
+            Self::Iptables(programs) => {
+                drop(Netlink::open().and_then(|mut netlink| netlink.remove()));
+                programs.remove()
+            }
+        };
+        let others = match self {
+            Self::Nftnl | Self::Nft(_) if iptables_left() => match Programs::find() {
+                Some(programs) => programs.remove(),
+                None => Ok(()),
+            },
+            _ => Ok(()),
+        };
+        own.and(others)
+    }
+
+    /// Whether a firewall of ours is installed.
+    pub fn present(&self) -> Result<bool, Error> {
+        match self {
+            Self::Nftnl => Netlink::open()?.present(),
+            Self::Nft(path) => nft::present(path),
+            Self::Iptables(programs) => programs.present(),
+        }
+    }
+}
+
+/// Whether chains of the iptables backend can be there. Asks the kernel first: iptables itself would load modules and
+/// make tables.
+fn iptables_left() -> bool {
+    if !rustix::process::geteuid().is_root() {
+        return false;
+    }
+    let legacy = ["/proc/thread-self/net/ip_tables_names", "/proc/thread-self/net/ip6_tables_names"]
+        .iter()
+        .any(|path| std::fs::read_to_string(path).is_ok_and(|names| !names.trim().is_empty()));
+    legacy || Netlink::open().and_then(|mut n| n.has_iptables_chain(iptables::PREFIX)).unwrap_or(false)
+}
+
+/// An error with its causes, in one line.
+fn chain(error: &Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = std::error::Error::source(error);
+    while let Some(error) = cause {
+        text += &format!(": {error}");
+        cause = error.source();
+    }
+    text
+}

@@ -1,0 +1,238 @@
+//! Rules to expressions of nf_tables, as nft itself compiles them (`nft --debug=netlink`).
+
+use std::net::IpAddr;
+
+use ipnet::IpNet;
+use nftnl::nftnl_sys::{self as nf, libc};
+
+use super::sys::{Expr, Value};
+use crate::net::{
+    desired::MARK,
+    firewall::rules::{Action, Family, Match, Protocol, Rule},
+};
+
+/// `NFT_FIB_RESULT_ADDRTYPE` and `NFTA_FIB_F_DADDR` (linux/netfilter/nf_tables.h).
+const FIB_RESULT_ADDRTYPE: u32 = 3;
+const FIB_F_DADDR: u32 = 1 << 1;
+/// `RTN_LOCAL` (rtnetlink(7)).
+const RTN_LOCAL: u32 = 2;
+/// `NF_CT_STATE_BIT(IP_CT_NEW)` and `IP_CT_DIR_REPLY` (linux/netfilter/nf_conntrack_common.h).
+const CT_STATE_NEW: u32 = 8;
+const CT_DIR_REPLY: u8 = 1;
+/// TCP flags (RFC 9293).
+const SYN: u8 = 0x02;
+const FIN_SYN_RST_ACK: u8 = 0x17;
+/// Size of a device name, with NUL.
+const IFNAMSIZ: usize = 16;
+
+const EQUAL: i32 = libc::NFT_CMP_EQ;
+const DIFFERENT: i32 = libc::NFT_CMP_NEQ;
+
+/// The expressions of one rule, in order. The first that does not match ends it.
+pub(super) fn rule(rule: &Rule) -> Vec<Expr> {
+    let mut list = vec![];
+    // What the header fields below rest on: IP version and protocol, each once and first.
+    if let Some(family) = rule.family() {
+        let family = match family {
+            Family::V4 => libc::NFPROTO_IPV4,
+            Family::V6 => libc::NFPROTO_IPV6,
+        };
+        list.extend([meta(libc::NFT_META_NFPROTO), cmp(EQUAL, &[low_byte(family)])]);
+    }
+    if let Some(protocol) = rule.protocol() {
+        let protocol = match protocol {
+            Protocol::Tcp => libc::IPPROTO_TCP,
+            Protocol::Udp => libc::IPPROTO_UDP,
+            Protocol::Icmp6 => libc::IPPROTO_ICMPV6,
+        };
+        list.extend([meta(libc::NFT_META_L4PROTO), cmp(EQUAL, &[low_byte(protocol)])]);
+    }
+    for m in &rule.matches {
+        condition(m, &mut list);
+    }
+    action(rule.action, &mut list);
+    list
+}
+
+fn condition(m: &Match, list: &mut Vec<Expr>) {
+    match m {
+        // Stated in front already.
+        Match::Family(_) | Match::Protocol(_) => {}
+        Match::Iif(name) => list.extend([meta(libc::NFT_META_IIFNAME), cmp(EQUAL, &device(name))]),
+        Match::Oif(name) => list.extend([meta(libc::NFT_META_OIFNAME), cmp(EQUAL, &device(name))]),
+        Match::Mark => list.extend([meta(libc::NFT_META_MARK), cmp(EQUAL, &MARK.to_ne_bytes())]),
+        Match::User(uid) => list.extend([meta(libc::NFT_META_SKUID), cmp(EQUAL, &uid.to_ne_bytes())]),
+        Match::CtMark(mark) => list.extend([ct(libc::NFT_CT_MARK), cmp(EQUAL, &mark.to_ne_bytes())]),
+        Match::CtReply => list.extend([ct(libc::NFT_CT_DIRECTION), cmp(EQUAL, &[CT_DIR_REPLY])]),
+        Match::CtNew => list.extend([
+            ct(libc::NFT_CT_STATE),
+            mask(&CT_STATE_NEW.to_ne_bytes()),
+            cmp(DIFFERENT, &0u32.to_ne_bytes()),
+        ]),
+        Match::ToLocal => list.extend([
+            Expr::new(
+                c"fib",
+                [
+                    (nf::NFTNL_EXPR_FIB_RESULT, Value::U32(FIB_RESULT_ADDRTYPE)),
+                    (nf::NFTNL_EXPR_FIB_FLAGS, Value::U32(FIB_F_DADDR)),
+                    (nf::NFTNL_EXPR_FIB_DREG, REGISTER),
+                ],
+            ),
+            cmp(EQUAL, &RTN_LOCAL.to_ne_bytes()),
+        ]),
+        Match::Syn => list.extend([payload(Header::Transport, 13, 1), mask(&[FIN_SYN_RST_ACK]), cmp(EQUAL, &[SYN])]),
+        Match::NotSyn => {
+            list.extend([payload(Header::Transport, 13, 1), mask(&[FIN_SYN_RST_ACK]), cmp(DIFFERENT, &[SYN])]);
+        }
+        Match::Source(net) => address(net, 12, 8, list),
+        Match::Destination(net) => address(net, 16, 24, list),
+        Match::SourcePort(_, port) => list.extend([payload(Header::Transport, 0, 2), cmp(EQUAL, &port.to_be_bytes())]),
+        Match::DestinationPort(_, port) => {
+            list.extend([payload(Header::Transport, 2, 2), cmp(EQUAL, &port.to_be_bytes())]);
+        }
+        Match::Icmp6Type(kind) => list.extend([payload(Header::Transport, 0, 1), cmp(EQUAL, &[*kind])]),
+    }
+}
+
+fn action(action: Action, list: &mut Vec<Expr>) {
+    match action {
+        Action::SetMark => list.extend([
+            immediate(MARK),
+            Expr::new(
+                c"meta",
+                [
+                    (nf::NFTNL_EXPR_META_KEY, Value::U32(constant(libc::NFT_META_MARK))),
+                    (nf::NFTNL_EXPR_META_SREG, REGISTER),
+                ],
+            ),
+        ]),
+        Action::SetCtMark(mark) => list.extend([
+            immediate(mark),
+            Expr::new(
+                c"ct",
+                [(nf::NFTNL_EXPR_CT_KEY, Value::U32(constant(libc::NFT_CT_MARK))), (nf::NFTNL_EXPR_CT_SREG, REGISTER)],
+            ),
+        ]),
+        Action::Count => list.push(Expr::new(c"counter", [])),
+        Action::Accept => list.push(verdict(libc::NF_ACCEPT)),
+        Action::Drop => list.push(verdict(libc::NF_DROP)),
+        Action::RejectReset => list.push(reject(libc::NFT_REJECT_TCP_RST, 0)),
+        Action::RejectPort => {
+            list.push(reject(libc::NFT_REJECT_ICMPX_UNREACH, low_byte(libc::NFT_REJECT_ICMPX_PORT_UNREACH)));
+        }
+        Action::RejectProhibited => {
+            list.push(reject(libc::NFT_REJECT_ICMPX_UNREACH, low_byte(libc::NFT_REJECT_ICMPX_ADMIN_PROHIBITED)));
+        }
+    }
+}
+
+/// The only data register that is needed: each comparison follows its load.
+const REGISTER: Value = Value::U32(1);
+
+enum Header {
+    Network,
+    Transport,
+}
+
+fn address(net: &IpNet, offset4: u32, offset6: u32, list: &mut Vec<Expr>) {
+    let bytes = |address: IpAddr| match address {
+        IpAddr::V4(a) => a.octets().to_vec(),
+        IpAddr::V6(a) => a.octets().to_vec(),
+    };
+    let value = bytes(net.network());
+    let (offset, length) = if net.addr().is_ipv4() { (offset4, 4) } else { (offset6, 16) };
+    list.push(payload(Header::Network, offset, length));
+    if net.prefix_len() != net.max_prefix_len() {
+        list.push(mask(&bytes(net.netmask())));
+    }
+    list.push(cmp(EQUAL, &value));
+}
+
+fn meta(key: i32) -> Expr {
+    Expr::new(c"meta", [(nf::NFTNL_EXPR_META_KEY, Value::U32(constant(key))), (nf::NFTNL_EXPR_META_DREG, REGISTER)])
+}
+
+fn ct(key: i32) -> Expr {
+    Expr::new(c"ct", [(nf::NFTNL_EXPR_CT_KEY, Value::U32(constant(key))), (nf::NFTNL_EXPR_CT_DREG, REGISTER)])
+}
+
+fn cmp(op: i32, data: &[u8]) -> Expr {
+    Expr::new(
+        c"cmp",
+        [
+            (nf::NFTNL_EXPR_CMP_SREG, REGISTER),
+            (nf::NFTNL_EXPR_CMP_OP, Value::U32(constant(op))),
+            (nf::NFTNL_EXPR_CMP_DATA, Value::Data(data.to_vec())),
+        ],
+    )
+}
+
+fn mask(bytes: &[u8]) -> Expr {
+    Expr::new(
+        c"bitwise",
+        [
+            (nf::NFTNL_EXPR_BITWISE_SREG, REGISTER),
+            (nf::NFTNL_EXPR_BITWISE_DREG, REGISTER),
+            (nf::NFTNL_EXPR_BITWISE_LEN, Value::U32(u32::try_from(bytes.len()).unwrap_or(0))),
+            (nf::NFTNL_EXPR_BITWISE_MASK, Value::Data(bytes.to_vec())),
+            (nf::NFTNL_EXPR_BITWISE_XOR, Value::Data(vec![0; bytes.len()])),
+        ],
+    )
+}
+
+fn payload(header: Header, offset: u32, length: u32) -> Expr {
+    let base = match header {
+        Header::Network => libc::NFT_PAYLOAD_NETWORK_HEADER,
+        Header::Transport => libc::NFT_PAYLOAD_TRANSPORT_HEADER,
+    };
+    Expr::new(
+        c"payload",
+        [
+            (nf::NFTNL_EXPR_PAYLOAD_DREG, REGISTER),
+            (nf::NFTNL_EXPR_PAYLOAD_BASE, Value::U32(constant(base))),
+            (nf::NFTNL_EXPR_PAYLOAD_OFFSET, Value::U32(offset)),
+            (nf::NFTNL_EXPR_PAYLOAD_LEN, Value::U32(length)),
+        ],
+    )
+}
+
+fn immediate(value: u32) -> Expr {
+    Expr::new(
+        c"immediate",
+        [(nf::NFTNL_EXPR_IMM_DREG, REGISTER), (nf::NFTNL_EXPR_IMM_DATA, Value::Data(value.to_ne_bytes().to_vec()))],
+    )
+}
+
+fn verdict(code: i32) -> Expr {
+    Expr::new(
+        c"immediate",
+        [
+            (nf::NFTNL_EXPR_IMM_DREG, Value::U32(constant(libc::NFT_REG_VERDICT))),
+            (nf::NFTNL_EXPR_IMM_VERDICT, Value::U32(constant(code))),
+        ],
+    )
+}
+
+fn reject(kind: i32, code: u8) -> Expr {
+    Expr::new(
+        c"reject",
+        [(nf::NFTNL_EXPR_REJECT_TYPE, Value::U32(constant(kind))), (nf::NFTNL_EXPR_REJECT_CODE, Value::U8(code))],
+    )
+}
+
+/// A device name as the kernel compares it: padded with NUL.
+fn device(name: &str) -> Vec<u8> {
+    let mut bytes = name.as_bytes().to_vec();
+    bytes.resize(IFNAMSIZ, 0);
+    bytes
+}
+
+/// libc has the kernel's unsigned constants as `i32`; none is negative.
+fn constant(value: i32) -> u32 {
+    value.unsigned_abs()
+}
+
+/// A constant that fits in a byte.
+fn low_byte(value: i32) -> u8 {
+    value.to_le_bytes()[0]
+}

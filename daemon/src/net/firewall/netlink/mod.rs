@@ -1,0 +1,163 @@
+//! The firewall over netlink, with libnftnl: needs `CAP_NET_ADMIN` and nothing else.
+//!
+//! - `lower`: rules to expressions of nf_tables
+//! - `batch`: one transaction
+//! - `request`: what is asked for
+//! - `socket`: sending, and matching answers by sequence number
+//! - `sys`: what nftnl has no safe wrapper for
+
+mod batch;
+mod lower;
+mod request;
+mod socket;
+mod sys;
+
+use std::{ffi::CStr, io};
+
+use nftnl::{MsgType, ProtoFamily, Table};
+use rustix::io::Errno;
+
+use self::{batch::Transaction, socket::Socket};
+use super::{error::Error, rules::Ruleset};
+
+/// [`NFT_TABLE`](crate::net::desired::NFT_TABLE) for C.
+const TABLE: &CStr = c"proxyvpn";
+/// Table of the probe. It is made and deleted in one transaction and so never seen.
+const PROBE: &CStr = c"proxyvpn-probe";
+
+/// The firewall's connection to the kernel. While it is kept, a table can belong to it.
+pub(super) struct Netlink(Socket);
+
+impl Netlink {
+    /// Opens a connection to the firewall of the calling thread's network namespace.
+    pub(super) fn open() -> Result<Self, Error> {
+        Socket::open().map(Self)
+    }
+
+    /// Asks the kernel whether it would take these rules, and leaves nothing. The chains get no hook, so that no packet
+    /// can meet them.
+    pub(super) fn probe(&mut self, ruleset: &Ruleset) -> Result<(), Error> {
+        let table = Table::new(PROBE, ProtoFamily::Inet);
+        let mut transaction = Transaction::default();
+        transaction.add(&table, MsgType::Add, "table inet proxyvpn-probe");
+        transaction.add_chains(&table, ruleset, false);
+        transaction.add(&table, MsgType::Del, "delete table inet proxyvpn-probe");
+        self.0.commit(transaction).map(|_| ())
+    }
+
+    /// Puts these rules in place of older ones, in one transaction, and compares what is then there.
+    pub(super) fn apply(&mut self, ruleset: &Ruleset) -> Result<(), Error> {
+        let table = Table::new(TABLE, ProtoFamily::Inet);
+        let mut transaction = Transaction::default();
+        transaction.add(&table, MsgType::Add, "table inet proxyvpn");
+        transaction.add(&table, MsgType::Del, "delete table inet proxyvpn");
+        transaction.add(&table, MsgType::Add, "table inet proxyvpn");
+        transaction.add_chains(&table, ruleset, true);
+        let sent = self.0.commit(transaction)?;
+        self.compare(&sent)
+    }
+
+    /// Removes the table; none is fine.
+    pub(super) fn remove(&mut self) -> Result<(), Error> {
+        let table = Table::new(TABLE, ProtoFamily::Inet);
+        let mut transaction = Transaction::default();
+        transaction.add(&table, MsgType::Add, "table inet proxyvpn");
+        transaction.add(&table, MsgType::Del, "delete table inet proxyvpn");
+        self.0.commit(transaction).map(|_| ())
+    }
+
+    /// Whether the table is there.
+    pub(super) fn present(&mut self) -> Result<bool, Error> {
+        let request = request::table(TABLE);
+        match self.0.request(request) {
+            Ok(_) => Ok(true),
+            Err(Error::Refused { source, .. }) if source.raw_os_error() == Some(Errno::NOENT.raw_os_error()) => {
+                Ok(false)
+            }
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Names of chains in iptables' own tables (`ip` and `ip6`) that start with `prefix`.
+    pub(super) fn has_iptables_chain(&mut self, prefix: &str) -> Result<bool, Error> {
+        for family in [ProtoFamily::Ipv4, ProtoFamily::Ipv6] {
+            let messages = self.0.request(request::chains(family))?;
+            if messages.iter().filter_map(|m| sys::chain(m)).any(|chain| chain.name.starts_with(prefix)) {
+                return Ok(true);
+            }
+        }
+        Ok(false)
+    }
+
+    /// Compares the installed chains and rules, expression by expression, with those that were sent.
+    fn compare(&mut self, sent: &[Vec<u8>]) -> Result<(), Error> {
+        let chains = self.0.request(request::chains(ProtoFamily::Inet))?;
+        let rules = self.0.request(request::rules(TABLE))?;
+        let table = TABLE.to_string_lossy();
+        let ours = |messages: &[Vec<u8>]| -> Vec<sys::Chain> {
+            messages.iter().filter_map(|m| sys::chain(m)).filter(|chain| chain.table == table).collect()
+        };
+        let (want, have) = (ours(sent), ours(&chains));
+        if want != have {
+            return Err(Error::Differs(format!("{} chains instead of {}, or of another kind", have.len(), want.len())));
+        }
+        for chain in &want {
+            let of = |messages: &[Vec<u8>]| -> Vec<sys::Rule> {
+                let all = messages.iter().filter_map(|m| sys::rule(m));
+                all.filter(|rule| rule.table == table && rule.chain == chain.name).collect()
+            };
+            let (want, have) = (of(sent), of(&rules));
+            if want.len() != have.len() {
+                let (want, have) = (want.len(), have.len());
+                return Err(Error::Differs(format!("chain {} has {have} rules instead of {want}", chain.name)));
+            }
+            if let Some(at) = want.iter().zip(&have).position(|(want, have)| want != have) {
+                return Err(Error::Differs(format!("rule {} of chain {}", at + 1, chain.name)));
+            }
+        }
+        Ok(())
+    }
+}
+
+/// What a kernel error on a part of the firewall means, and what helps.
+fn refused(what: String, errno: i32) -> Error {
+    let source = io::Error::from_raw_os_error(errno);
+    match Errno::from_raw_os_error(errno) {
+        Errno::PERM | Errno::ACCESS => Error::Privilege,
+        Errno::NOENT | Errno::OPNOTSUPP | Errno::PROTONOSUPPORT | Errno::AFNOSUPPORT => {
+            let modules = modules(&what);
+            let hint =
+                format!("; the kernel lacks a module for it: load it (modprobe {modules}) or use a kernel that has it");
+            Error::Refused { what, hint, source }
+        }
+        Errno::BUSY | Errno::EXIST => {
+            let hint = "; another program changes the table at the same time".to_owned();
+            Error::Refused { what, hint, source }
+        }
+        _ => Error::Refused { what, hint: String::new(), source },
+    }
+}
+
+/// The kernel modules behind a line in nft notation.
+fn modules(what: &str) -> String {
+    let mut modules = vec!["nf_tables"];
+    for (word, module) in [("fib ", "nft_fib_inet"), ("ct ", "nft_ct"), ("reject ", "nft_reject_inet")] {
+        if what.contains(word) {
+            modules.push(module);
+        }
+    }
+    modules.join(" ")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_missing_modules_and_the_missing_capability() {
+        let error = refused("inet proxyvpn prerouting fib daddr type local meta mark set 0x7076706e".to_owned(), 2);
+        assert!(error.to_string().contains("modprobe nf_tables nft_fib_inet)"), "{error}");
+        assert!(matches!(refused("table".to_owned(), 1), Error::Privilege));
+        assert_eq!(TABLE.to_str(), Ok(crate::net::desired::NFT_TABLE));
+    }
+}

@@ -1,0 +1,190 @@
+//! The rules as a value. Each kind of match and action is one that nftables and iptables both have.
+
+use std::net::{IpAddr, SocketAddr};
+
+use ipnet::IpNet;
+
+use super::error::Error;
+
+/// Every rule of the firewall, ready to be sent. Made by [`compile`](super::compile()).
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Ruleset {
+    /// In the order in which a packet meets them. A chain without a rule and with policy accept is not there.
+    pub(super) chains: Vec<Chain>,
+}
+
+/// A base chain of the table `inet proxyvpn`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Chain {
+    pub(super) name: &'static str,
+    pub(super) kind: Kind,
+    pub(super) hook: Hook,
+    pub(super) priority: i32,
+    pub(super) policy: Policy,
+    pub(super) rules: Vec<Rule>,
+}
+
+/// Type of a chain: a route chain looks the route up again when a rule changed the mark.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Kind {
+    Filter,
+    Route,
+}
+
+/// Where in the kernel's path a chain stands.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Hook {
+    Prerouting,
+    Input,
+    Forward,
+    Output,
+    Postrouting,
+}
+
+/// What becomes of a packet that no rule decided.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Policy {
+    Accept,
+    Drop,
+}
+
+/// All matches must hold, then the action is done.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Rule {
+    pub(super) matches: Vec<Match>,
+    pub(super) action: Action,
+}
+
+/// IP version.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Family {
+    V4,
+    V6,
+}
+
+/// Transport protocol.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Protocol {
+    Tcp,
+    Udp,
+    Icmp6,
+}
+
+/// A condition on a packet.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum Match {
+    /// Came in by this device.
+    Iif(String),
+    /// Leaves by this device.
+    Oif(String),
+    /// Carries our mark.
+    Mark,
+    /// Its connection carries this mark.
+    CtMark(u32),
+    /// Opens a connection.
+    CtNew,
+    /// Goes against the direction in which its connection was opened.
+    CtReply,
+    /// Is addressed to this machine itself (not broadcast or multicast).
+    ToLocal,
+    Family(Family),
+    Protocol(Protocol),
+    /// TCP: of FIN, SYN, RST and ACK only SYN is set.
+    Syn,
+    /// TCP: anything but [`Match::Syn`].
+    NotSyn,
+    Source(IpNet),
+    Destination(IpNet),
+    SourcePort(Protocol, u16),
+    DestinationPort(Protocol, u16),
+    /// ICMPv6 type (RFC 4861).
+    Icmp6Type(u8),
+    /// Sent by a socket of this local user.
+    User(u32),
+}
+
+/// What is done to a packet.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Action {
+    /// Set our mark, and go on.
+    SetMark,
+    /// Set the connection's mark, and go on.
+    SetCtMark(u32),
+    /// Count, and go on.
+    Count,
+    /// Leave this chain; chains of others still decide.
+    Accept,
+    Drop,
+    /// Answer with a TCP reset.
+    RejectReset,
+    /// Answer with ICMP port unreachable.
+    RejectPort,
+    /// Answer with ICMP administratively prohibited.
+    RejectProhibited,
+}
+
+impl Rule {
+    /// The IP version that the rule is limited to.
+    pub(super) fn family(&self) -> Option<Family> {
+        self.matches.iter().find_map(|m| match m {
+            Match::Family(family) => Some(*family),
+            Match::Source(net) | Match::Destination(net) => Some(Family::of(net.addr())),
+            Match::Protocol(Protocol::Icmp6) | Match::Icmp6Type(_) => Some(Family::V6),
+            _ => None,
+        })
+    }
+
+    /// The transport protocol that the rule is limited to.
+    pub(super) fn protocol(&self) -> Option<Protocol> {
+        self.matches.iter().find_map(Match::protocol)
+    }
+}
+
+impl Match {
+    /// The transport protocol that the match is about.
+    pub(super) fn protocol(&self) -> Option<Protocol> {
+        match self {
+            Self::Protocol(protocol) | Self::SourcePort(protocol, _) | Self::DestinationPort(protocol, _) => {
+                Some(*protocol)
+            }
+            Self::Syn | Self::NotSyn => Some(Protocol::Tcp),
+            Self::Icmp6Type(_) => Some(Protocol::Icmp6),
+            _ => None,
+        }
+    }
+
+    /// The segments that this machine sends on an open TCP connection.
+    pub(super) fn segments(local: SocketAddr, remote: SocketAddr) -> Vec<Self> {
+        vec![
+            Self::Source(IpNet::from(local.ip())),
+            Self::Destination(IpNet::from(remote.ip())),
+            Self::SourcePort(Protocol::Tcp, local.port()),
+            Self::DestinationPort(Protocol::Tcp, remote.port()),
+            Self::NotSyn,
+        ]
+    }
+}
+
+impl Family {
+    /// The version of an address.
+    pub(super) fn of(address: IpAddr) -> Self {
+        if address.is_ipv4() { Self::V4 } else { Self::V6 }
+    }
+}
+
+impl Ruleset {
+    /// Refuses device names that nft or iptables would read as a pattern or as syntax. The kernel allows more names than
+    /// we do (netdevice(7)): ours are letters, digits, `.`, `_` and `-`.
+    pub(super) fn check(&self) -> Result<(), Error> {
+        for rule in self.chains.iter().flat_map(|chain| &chain.rules) {
+            for m in &rule.matches {
+                let (Match::Iif(name) | Match::Oif(name)) = m else { continue };
+                let known = name.bytes().all(|b| b.is_ascii_alphanumeric() || b"._-".contains(&b));
+                if name.is_empty() || name.len() > 15 || name.starts_with('-') || !known {
+                    return Err(Error::Device(name.clone()));
+                }
+            }
+        }
+        Ok(())
+    }
+}

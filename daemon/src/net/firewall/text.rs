@@ -1,0 +1,153 @@
+//! The rules in nft notation (nft(8)): for the dry run, for error messages and for the `nft` program.
+
+use std::fmt::{self, Display, Formatter};
+
+use ipnet::IpNet;
+
+use super::{
+    compile::{PRIORITY_FILTER, PRIORITY_MANGLE},
+    rules::{Action, Chain, Family, Hook, Kind, Match, Policy, Protocol, Rule, Ruleset},
+};
+use crate::net::desired::{MARK, NFT_TABLE};
+
+impl Ruleset {
+    /// One line per chain and rule in nft notation, such as `inet proxyvpn forward { type filter … }` and
+    /// `inet proxyvpn postrouting oifname "lo" accept`.
+    pub fn lines(&self) -> Vec<String> {
+        let mut lines = vec![];
+        for chain in &self.chains {
+            lines.push(format!("inet {NFT_TABLE} {} {{ {} }}", chain.name, Base(chain)));
+            lines.extend(chain.rules.iter().map(|rule| format!("inet {NFT_TABLE} {} {rule}", chain.name)));
+        }
+        lines
+    }
+
+    /// A script for `nft -f`: puts this firewall in place of an older one, in one transaction.
+    pub fn script(&self) -> String {
+        // Adding before deleting makes the deletion succeed also when there is no table yet.
+        let mut script = format!("table inet {NFT_TABLE}\ndelete table inet {NFT_TABLE}\ntable inet {NFT_TABLE} {{\n");
+        for chain in &self.chains {
+            script += &format!("\tchain {} {{\n\t\t{}\n", chain.name, Base(chain));
+            for rule in &chain.rules {
+                script += &format!("\t\t{rule}\n");
+            }
+            script += "\t}\n";
+        }
+        script + "}\n"
+    }
+}
+
+/// What makes a base chain: type, hook, priority, policy.
+pub(super) struct Base<'a>(pub(super) &'a Chain);
+
+impl Display for Base<'_> {
+    fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
+        let Chain { kind, hook, priority, policy, .. } = self.0;
+        let kind = match kind {
+            Kind::Filter => "filter",
+            Kind::Route => "route",
+        };
+        let policy = match policy {
+            Policy::Accept => "accept",
+            Policy::Drop => "drop",
+        };
+        write!(f, "type {kind} hook {hook} priority ")?;
+        match *priority {
+            PRIORITY_MANGLE => f.write_str("mangle")?,
+            PRIORITY_FILTER => f.write_str("filter")?,
+            other => write!(f, "{other}")?,
+        }
+        write!(f, "; policy {policy};")
+    }
+}
+
+impl Display for Hook {
+    fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Prerouting => "prerouting",
+            Self::Input => "input",
+            Self::Forward => "forward",
+            Self::Output => "output",
+            Self::Postrouting => "postrouting",
+        })
+    }
+}
+
+impl Display for Rule {
+    fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
+        for m in &self.matches {
+            write!(f, "{m} ")?;
+        }
+        write!(f, "{}", self.action)
+    }
+}
+
+impl Display for Protocol {
+    fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Tcp => "tcp",
+            Self::Udp => "udp",
+            Self::Icmp6 => "ipv6-icmp",
+        })
+    }
+}
+
+impl Display for Match {
+    fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Iif(name) => write!(f, "iifname \"{name}\""),
+            Self::Oif(name) => write!(f, "oifname \"{name}\""),
+            Self::Mark => write!(f, "meta mark {MARK:#010x}"),
+            Self::CtMark(mark) => write!(f, "ct mark {mark:#010x}"),
+            Self::CtNew => f.write_str("ct state new"),
+            Self::CtReply => f.write_str("ct direction reply"),
+            Self::ToLocal => f.write_str("fib daddr type local"),
+            Self::Family(Family::V4) => f.write_str("meta nfproto ipv4"),
+            Self::Family(Family::V6) => f.write_str("meta nfproto ipv6"),
+            Self::Protocol(protocol) => write!(f, "meta l4proto {protocol}"),
+            Self::Syn => f.write_str("tcp flags & (fin|syn|rst|ack) == syn"),
+            Self::NotSyn => f.write_str("tcp flags & (fin|syn|rst|ack) != syn"),
+            Self::Source(net) => write!(f, "{} saddr {}", version(net), Short(net)),
+            Self::Destination(net) => write!(f, "{} daddr {}", version(net), Short(net)),
+            Self::SourcePort(protocol, port) => write!(f, "{protocol} sport {port}"),
+            Self::DestinationPort(protocol, port) => write!(f, "{protocol} dport {port}"),
+            Self::Icmp6Type(133) => f.write_str("icmpv6 type nd-router-solicit"),
+            Self::Icmp6Type(135) => f.write_str("icmpv6 type nd-neighbor-solicit"),
+            Self::Icmp6Type(136) => f.write_str("icmpv6 type nd-neighbor-advert"),
+            Self::Icmp6Type(kind) => write!(f, "icmpv6 type {kind}"),
+            Self::User(uid) => write!(f, "meta skuid {uid}"),
+        }
+    }
+}
+
+impl Display for Action {
+    fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::SetMark => write!(f, "meta mark set {MARK:#010x}"),
+            Self::SetCtMark(mark) => write!(f, "ct mark set {mark:#010x}"),
+            Self::Count => f.write_str("counter"),
+            Self::Accept => f.write_str("accept"),
+            Self::Drop => f.write_str("drop"),
+            Self::RejectReset => f.write_str("reject with tcp reset"),
+            Self::RejectPort => f.write_str("reject with icmpx port-unreachable"),
+            Self::RejectProhibited => f.write_str("reject with icmpx admin-prohibited"),
+        }
+    }
+}
+
+fn version(net: &IpNet) -> &'static str {
+    if net.addr().is_ipv4() { "ip" } else { "ip6" }
+}
+
+/// A network, or an address where it is only one.
+pub(super) struct Short<'a>(pub(super) &'a IpNet);
+
+impl Display for Short<'_> {
+    fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
+        if self.0.prefix_len() == self.0.max_prefix_len() {
+            write!(f, "{}", self.0.addr())
+        } else {
+            write!(f, "{}", self.0)
+        }
+    }
+}

@@ -1,0 +1,8 @@
+//! The firewall in the kernel: what leaves the machine, what does not, and that nothing else is touched.
+//!
+//! `PROXYVPN_PRIVILEGED_TESTS=1 cargo test -p proxyvpnd --features privileged-tests --test firewall -- --ignored`
+#![cfg(feature = "privileged-tests")]
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, missing_docs, reason = "tests")]
+
+mod state;
+mod world;

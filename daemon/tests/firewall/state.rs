@@ -1,0 +1,108 @@
+//! What the firewall leaves in the kernel, as text.
+
+use std::net::SocketAddr;
+
+use proxyvpnd::net::{
+    desired::Desired,
+    firewall::{Backend, Programs, compile},
+};
+
+use crate::world::{World, desired, opted_in, sh};
+
+/// All three, as they are installed here.
+pub(crate) fn backends() -> [Backend; 3] {
+    let nft = Backend::Nft("/usr/sbin/nft".into());
+    [Backend::Nftnl, nft, Backend::Iptables(Programs::find().expect("iptables is installed"))]
+}
+
+fn sessions() -> Vec<(SocketAddr, SocketAddr)> {
+    ["192.0.2.1:22 198.51.100.7:40000", "[2001:db8::1]:22 [2001:db8::2]:40000"]
+        .map(|line| line.split_once(' ').unwrap())
+        .map(|(local, remote)| (local.parse().unwrap(), remote.parse().unwrap()))
+        .to_vec()
+}
+
+/// Each kind of state.
+fn states() -> Vec<Desired> {
+    let full = desired();
+    vec![
+        full.clone(),
+        Desired { killswitch: false, ..full.clone() },
+        Desired { tunnel: None, ..full.clone() },
+        Desired { inbound_replies: false, ..full },
+    ]
+}
+
+/// Without counters, which count.
+fn ruleset() -> String {
+    let text = sh("nft list ruleset 2>/dev/null");
+    let words: Vec<&str> = text.split(' ').collect();
+    let mut kept: Vec<&str> = vec![];
+    let mut skip = 0;
+    for (index, word) in words.iter().enumerate() {
+        if skip > 0 {
+            skip -= 1;
+        } else if *word == "packets" && words.get(index + 2) == Some(&"bytes") {
+            // The number may end its line.
+            skip = 2;
+            kept.push("N");
+        } else {
+            kept.push(word);
+        }
+    }
+    kept.join(" ")
+}
+
+/// Tables that another program has made, as nft and as iptables would.
+const OTHERS: &str = "nft -f - <<'END'
+table inet firewalld { chain in { type filter hook input priority 10; policy accept; tcp dport 81 drop; }; }
+table inet proxyvpn-other { set s { type ipv4_addr; elements = { 192.0.2.77 }; }; chain c { }; }
+END
+for p in iptables ip6tables; do for t in mangle filter; do
+  $p -t $t -A FORWARD -p tcp --dport 82 -j ACCEPT; $p -t $t -A OUTPUT -p tcp --dport 83 -j ACCEPT
+  $p -t $t -A INPUT -p tcp --dport 84 -j ACCEPT
+done; $p -t mangle -A PREROUTING -p tcp --dport 85 -j ACCEPT; $p -t mangle -A POSTROUTING -p tcp --dport 86 -j ACCEPT
+done";
+
+#[test]
+#[ignore = "needs root and makes network namespaces"]
+fn libnftnl_and_nft_make_the_same_table() {
+    opted_in();
+    let world = World::new();
+    let [nftnl, nft, _] = backends();
+    world.host.run(|| {
+        for desired in states() {
+            let rules = compile(&desired, &sessions());
+            nft.apply(&rules).unwrap();
+            let by_nft = ruleset();
+            nftnl.apply(&rules).unwrap();
+            assert_eq!(ruleset(), by_nft);
+        }
+    });
+}
+
+#[test]
+#[ignore = "needs root and makes network namespaces"]
+fn removing_leaves_what_was_there_before() {
+    opted_in();
+    for backend in backends() {
+        let world = World::new();
+        world.host.run(|| {
+            sh(OTHERS);
+            let before = ruleset();
+            for desired in states() {
+                assert!(!backend.present().unwrap());
+                backend.apply(&compile(&desired, &sessions())).unwrap();
+                let once = ruleset();
+                assert_ne!(once, before);
+                assert!(backend.present().unwrap());
+                backend.apply(&compile(&desired, &sessions())).unwrap();
+                assert_eq!(ruleset(), once, "{} is idempotent", backend.name());
+                backend.remove().unwrap();
+                assert_eq!(ruleset(), before, "{}", backend.name());
+                backend.remove().unwrap();
+                assert_eq!(ruleset(), before, "{}: a second removal", backend.name());
+            }
+        });
+    }
+}
