@@ -1,0 +1,91 @@
+//! Progress on standard error: one line that is redrawn on a terminal, one line a step elsewhere.
+
+use std::io::{self, IsTerminal as _, Write as _};
+use std::time::Instant;
+
+use crate::text;
+
+/// Shows how far an attempt is.
+#[derive(Debug)]
+pub(crate) struct Display {
+    redraw: bool,
+    started: Instant,
+    shown: String,
+}
+
+impl Display {
+    /// For standard error as it is.
+    pub(crate) fn new() -> Self {
+        let dumb = std::env::var_os("TERM").is_none_or(|term| term.is_empty() || term == "dumb");
+        Self { redraw: io::stderr().is_terminal() && !dumb, started: Instant::now(), shown: String::new() }
+    }
+
+    /// Whether the line is redrawn, so that the time in it needs a tick.
+    pub(crate) const fn redraws(&self) -> bool {
+        self.redraw
+    }
+
+    /// Shows a step; the same one again shows nothing elsewhere than on a terminal.
+    pub(crate) fn show(&mut self, state: &str, phase: &str, percent: u32, summary: &str) {
+        let step = step(state, phase, percent, summary);
+        let new = step != self.shown;
+        self.shown = step;
+        if self.redraw {
+            self.tick();
+        } else if new {
+            text::note(&self.shown);
+        }
+    }
+
+    /// Redraws the line with the time that has gone by.
+    pub(crate) fn tick(&self) {
+        if !self.redraw || self.shown.is_empty() {
+            return;
+        }
+        let columns = rustix::termios::tcgetwinsize(io::stderr()).map_or(80, |size| usize::from(size.ws_col).max(20));
+        let line = format!("{}  {}", self.shown, text::span(self.started.elapsed().as_secs()));
+        // One column stays free, or the terminal would wrap.
+        let line: String = line.chars().take(columns - 1).collect();
+        let mut stderr = io::stderr().lock();
+        let _ = write!(stderr, "\r{line}\x1b[K").and_then(|()| stderr.flush());
+    }
+}
+
+impl Drop for Display {
+    /// Takes the line away.
+    fn drop(&mut self) {
+        if self.redraw && !self.shown.is_empty() {
+            let mut stderr = io::stderr().lock();
+            let _ = write!(stderr, "\r\x1b[K").and_then(|()| stderr.flush());
+        }
+    }
+}
+
+fn step(state: &str, phase: &str, percent: u32, summary: &str) -> String {
+    let mut step = text::line(state).into_owned();
+    if !phase.is_empty() {
+        step.push_str(&format!(": {}", text::line(phase)));
+    }
+    if percent > 0 {
+        step.push_str(&format!(" {}%", percent.min(100)));
+    }
+    if !summary.is_empty() && summary != phase {
+        step.push_str(&format!(" ({})", text::line(summary)));
+    }
+    step
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_step_is_one_safe_line() {
+        assert_eq!(
+            step("connecting", "create-tun", 40, "creating pvpn0"),
+            "connecting: create-tun 40% (creating pvpn0)"
+        );
+        assert_eq!(step("connecting", "", 0, ""), "connecting");
+        assert_eq!(step("connecting", "a\x1b[2J", 900, "b\n"), "connecting: a\\x1b[2J 100% (b\\x0a)");
+    }
+}

@@ -1,0 +1,287 @@
+//! Waiting for the daemon to get where it was told to go.
+
+use std::future::Future;
+use std::io;
+use std::pin::pin;
+use std::time::Duration;
+
+use proxyvpn_dbus::Error;
+use proxyvpn_dbus::types::{Progress, Reason, State};
+use tokio::signal::unix::{Signal, SignalKind, signal};
+use tokio::time::{Instant, MissedTickBehavior, interval_at, sleep_until};
+
+use crate::bus::{Bus, bounded, failure, silent, vanished};
+use crate::events::{Event, Events};
+use crate::exit::{Exit, Failure};
+use crate::progress::Display;
+use crate::status::Snapshot;
+
+/// Signals may be merged on their way: so often the state is asked for.
+const LOOK: Duration = Duration::from_secs(2);
+/// How soon after the call it is asked for first.
+const FIRST_LOOK: Duration = Duration::from_millis(250);
+/// How long Ctrl-C waits for the daemon to take the disconnect.
+const ABORT: Duration = Duration::from_secs(5);
+
+/// Where the daemon is to go.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Goal {
+    /// A new connection; Ctrl-C gives it up.
+    Connect,
+    /// The present connection anew; Ctrl-C only stops waiting.
+    Reconnect,
+    /// No connection.
+    Disconnect,
+}
+
+/// How long to wait.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Limits {
+    /// For the answer to the call.
+    pub(crate) reply: Duration,
+    /// For the goal after the answer; without it, nothing is waited for.
+    pub(crate) goal: Option<Duration>,
+}
+
+/// Ctrl-C and SIGTERM.
+struct Interrupts(Signal, Signal);
+
+impl Interrupts {
+    fn new() -> io::Result<Self> {
+        Ok(Self(signal(SignalKind::interrupt())?, signal(SignalKind::terminate())?))
+    }
+
+    async fn next(&mut self) {
+        tokio::select! { _ = self.0.recv() => {} _ = self.1.recv() => {} }
+    }
+}
+
+/// Makes the call and follows it to its goal.
+///
+/// # Errors
+/// Whatever keeps it from the goal, with the exit code that says so.
+pub(crate) async fn drive(
+    bus: &Bus,
+    goal: Goal,
+    limits: Limits,
+    call: impl Future<Output = Result<(), Error>>,
+) -> Result<(), Failure> {
+    let mut interrupts =
+        Interrupts::new().map_err(|error| Failure::new(Exit::Failure, format!("cannot catch signals: {error}")))?;
+    let mut events = Events::subscribe(bus).await?;
+    let before = Snapshot::read(bus).await?;
+    let mut tracker = Tracker { goal, begun: false, since: before.since };
+    let mut call = pin!(call);
+    let deadline = sleep_until(Instant::now() + limits.reply);
+    let mut deadline = pin!(deadline);
+    loop {
+        tokio::select! {
+            biased;
+            () = interrupts.next() => return Err(interrupted("")),
+            reply = &mut call => { reply.map_err(failure)?; break }
+            // What ends before the call is accepted was begun by somebody else.
+            event = events.next() => { let _ = tracker.event(&event); }
+            () = &mut deadline => return Err(silent(limits.reply)),
+        }
+    }
+    let Some(limit) = limits.goal else { return Ok(()) };
+    let mut display = Display::new();
+    let mut progress = Progress::default();
+    let mut shown = (String::new(), String::new());
+    let now = Instant::now();
+    let deadline = sleep_until(now + limit);
+    let mut deadline = pin!(deadline);
+    let mut look = interval_at(now + FIRST_LOOK, LOOK);
+    look.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let mut tick = interval_at(now, Duration::from_secs(1));
+    loop {
+        let end = tokio::select! {
+            biased;
+            () = interrupts.next() => return Err(abort(bus, goal).await),
+            event = events.next() => {
+                match &event {
+                    Event::State { state, phase, .. } => shown = (state.clone(), phase.clone()),
+                    Event::Progress(new) => progress = new.clone(),
+                    _ => {}
+                }
+                if matches!(event, Event::State { .. } | Event::Progress(_)) && tracker.begun_with(&event) {
+                    display.show(&shown.0, &shown.1, progress.percent, &progress.summary);
+                }
+                tracker.event(&event)
+            }
+            _ = look.tick() => match Snapshot::read(bus).await {
+                Ok(snapshot) => tracker.look(&snapshot),
+                // The event says it better.
+                Err(_) => None,
+            },
+            _ = tick.tick(), if display.redraws() => { display.tick(); None }
+            () = &mut deadline => return Err(timed_out(goal, limit)),
+        };
+        if let Some(end) = end {
+            return end;
+        }
+    }
+}
+
+/// Judges what is seen.
+#[derive(Debug)]
+struct Tracker {
+    goal: Goal,
+    /// The attempt was seen under way, so that what follows is its end.
+    begun: bool,
+    /// When the state before the call began.
+    since: u64,
+}
+
+impl Tracker {
+    fn begun_with(&self, event: &Event) -> bool {
+        let state = |name: &str| matches!(event, Event::State { state, .. } if state == name);
+        self.begun || state(State::Connecting.as_str()) || state(State::Disconnecting.as_str())
+    }
+
+    fn event(&mut self, event: &Event) -> Option<Result<(), Failure>> {
+        match event {
+            Event::State { state, reason, .. } => {
+                // A refusal before the network was touched may show nothing but its reason.
+                let told = !matches!(reason.code.as_str(), "" | "requested");
+                let state = State::from_name(state)?;
+                self.judge(state, reason, told && state == State::Disconnected)
+            }
+            Event::Vanished => Some(Err(vanished())),
+            Event::Progress(_) | Event::Other => None,
+        }
+    }
+
+    fn look(&mut self, snapshot: &Snapshot) -> Option<Result<(), Failure>> {
+        let state = State::from_name(&snapshot.state)?;
+        self.judge(state, &snapshot.reason, snapshot.since != self.since)
+    }
+
+    /// `new`: the state is surely one after the call, even if the attempt was not seen.
+    fn judge(&mut self, state: State, reason: &Reason, new: bool) -> Option<Result<(), Failure>> {
+        let new = new || self.begun;
+        match (self.goal, state) {
+            (Goal::Disconnect, State::Disconnected) => Some(Ok(())),
+            (Goal::Disconnect, _) => {
+                self.begun |= state == State::Disconnecting;
+                None
+            }
+            (_, State::Connecting) => {
+                self.begun = true;
+                None
+            }
+            (_, State::Disconnecting) => None,
+            (_, State::Connected) => new.then_some(Ok(())),
+            (_, State::Blocked) => new.then(|| Err(blocked(reason))),
+            (_, State::Disconnected) => new.then(|| Err(ended(reason))),
+        }
+    }
+}
+
+fn why(reason: &Reason) -> String {
+    match (reason.text.is_empty(), reason.code.is_empty()) {
+        (false, _) => reason.text.clone(),
+        (true, false) => reason.code.clone(),
+        (true, true) => "the daemon gives no reason".to_owned(),
+    }
+}
+
+fn ended(reason: &Reason) -> Failure {
+    if reason.code == "requested" {
+        return Failure::new(Exit::Failure, "the connection was ended meanwhile by a disconnect");
+    }
+    Failure::new(Exit::Failure, format!("cannot connect: {}", why(reason)))
+        .advise("The network is as it was. proxyctl doctor checks each step; proxyctl logs says more.")
+}
+
+/// The connection is wanted but broken.
+pub(crate) fn blocked(reason: &Reason) -> Failure {
+    Failure::new(Exit::Blocked, format!("blocked: {}", why(reason))).advise(
+        "Traffic is stopped so that nothing goes around the tunnel; the daemon tries again. proxyctl disconnect opens \
+         the network; sudo proxyctl rescue does it without the daemon.",
+    )
+}
+
+fn timed_out(goal: Goal, limit: Duration) -> Failure {
+    let (what, next) = match goal {
+        Goal::Disconnect => ("disconnected", "sudo proxyctl rescue gives the network back without it"),
+        Goal::Connect | Goal::Reconnect => ("connected", "proxyctl disconnect gives it up"),
+    };
+    Failure::new(Exit::TimedOut, format!("not {what} after {} s", limit.as_secs()))
+        .advise(format!("The daemon goes on: proxyctl status --watch shows it; {next}."))
+}
+
+fn interrupted(effect: &str) -> Failure {
+    Failure::new(Exit::Interrupted, "interrupted").advise(effect)
+}
+
+/// Ctrl-C after the call was accepted.
+async fn abort(bus: &Bus, goal: Goal) -> Failure {
+    if goal != Goal::Connect {
+        return interrupted("The daemon goes on: proxyctl status --watch shows it.");
+    }
+    match bounded(ABORT, bus.manager.disconnect(std::collections::HashMap::new())).await {
+        Ok(()) => interrupted("The daemon was told to disconnect."),
+        Err(failure) => interrupted(&format!(
+            "The daemon was not told to disconnect: {}\nproxyctl disconnect tries it again.",
+            failure.cause
+        )),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn state(state: State, code: &str) -> Event {
+        let reason = Reason { code: code.to_owned(), text: String::new() };
+        Event::State { state: state.as_str().to_owned(), phase: String::new(), reason }
+    }
+
+    fn run(goal: Goal, events: &[Event]) -> Option<Exit> {
+        let mut tracker = Tracker { goal, begun: false, since: 1 };
+        events
+            .iter()
+            .find_map(|event| tracker.event(event))
+            .map(|end| end.map_or_else(|failure| failure.exit, |()| Exit::Ok))
+    }
+
+    #[test]
+    fn an_attempt_ends_with_what_follows_its_beginning() {
+        use State::{Blocked, Connected, Connecting, Disconnected};
+        for (events, end) in [
+            (vec![state(Connecting, ""), state(Connected, "")], Some(Exit::Ok)),
+            (vec![state(Connecting, ""), state(Disconnected, "upstream-unreachable")], Some(Exit::Failure)),
+            (vec![state(Connecting, ""), state(Disconnected, "requested")], Some(Exit::Failure)),
+            (vec![state(Connecting, ""), state(Blocked, "device-lost")], Some(Exit::Blocked)),
+            (vec![state(Disconnected, "tun-exists")], Some(Exit::Failure)),
+            (vec![state(Disconnected, "requested")], None),
+            (vec![state(Blocked, "device-lost")], None),
+            (vec![state(Connected, "")], None),
+            (vec![Event::Progress(Progress::default()), Event::Other], None),
+            (vec![state(Connecting, ""), Event::Vanished], Some(Exit::Unreachable)),
+        ] {
+            assert_eq!(run(Goal::Connect, &events), end, "{events:?}");
+            assert_eq!(run(Goal::Reconnect, &events), end, "{events:?}");
+        }
+    }
+
+    #[test]
+    fn a_look_sees_what_no_signal_told() {
+        let mut tracker = Tracker { goal: Goal::Connect, begun: false, since: 1 };
+        let mut snapshot = Snapshot { state: "connected".to_owned(), since: 1, ..Snapshot::default() };
+        assert_eq!(tracker.look(&snapshot), None);
+        snapshot.since = 2;
+        assert_eq!(tracker.look(&snapshot), Some(Ok(())));
+    }
+
+    #[test]
+    fn disconnecting_ends_when_disconnected() {
+        assert_eq!(
+            run(Goal::Disconnect, &[state(State::Disconnecting, ""), state(State::Disconnected, "")]),
+            Some(Exit::Ok)
+        );
+        assert_eq!(run(Goal::Disconnect, &[state(State::Disconnecting, ""), state(State::Blocked, "")]), None);
+        assert_eq!(run(Goal::Disconnect, &[state(State::Disconnecting, ""), Event::Vanished]), Some(Exit::Unreachable));
+    }
+}
