@@ -4,12 +4,16 @@
 //! - [`config`]: files of the administrator: settings, profiles, secrets
 //! - [`log`]: the newest records, for callers on the bus
 //! - [`resolvers`]: which DNS servers the machine uses
+//! - [`lookup`]: addresses of the upstream's name, over marked sockets
 //! - [`net`]: mechanism: desired network state, plan, apply, undo; knows no profiles
 //! - [`machine`]: policy: the states of the connection
 
 pub mod authority;
 pub mod config;
 pub mod log;
+pub mod lookup;
 pub mod machine;
 pub mod net;
 pub mod resolvers;
+#[cfg(test)]
+mod test_dir;
