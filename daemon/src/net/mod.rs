@@ -2,7 +2,34 @@
 //! nothing of profiles, backends or states.
 //!
 //! - [`desired`]: the desired state and our names in the kernel
+//! - [`Network`]: applying a desired state, and taking it back
+//! - `plan`: from the observed to the desired state, as steps; pure
+//! - [`Step`]: one change, its undo and its text
+//! - `kernel`, `rtnl`, `observed`: the kernel's state over rtnetlink(7)
+//! - `tun`, `sys`: the tunnel device
+//! - `journal`: the record that changes are under way
+//! - `preflight`: checks that change nothing
+//! - [`Finding`]: whether what was applied is still there
+//! - [`sockets`]: TCP sockets of this machine
 //! - [`firewall`]: the nft table: a small value, compiled purely to rules, sent as one transaction
 
 pub mod desired;
+mod error;
 pub mod firewall;
+mod health;
+mod journal;
+mod kernel;
+mod network;
+mod observed;
+mod plan;
+mod preflight;
+mod rtnl;
+pub mod sockets;
+mod step;
+mod sys;
+mod tun;
+
+pub use error::Error;
+pub use health::{Finding, Severity};
+pub use network::{CleanUp, Network};
+pub use step::{Action, Layer, Stage, Step};

@@ -1,0 +1,312 @@
+//! Applying a desired state, and taking it back.
+
+use std::net::{IpAddr, SocketAddr};
+use std::os::fd::OwnedFd;
+use std::path::Path;
+
+use super::desired::{Desired, Exceptions, Tunnel};
+use super::firewall::{self, Backend, Ruleset};
+use super::health::{self, Finding};
+use super::journal::Journal;
+use super::kernel::{self, Kernel};
+use super::step::{Action, Change, Stage, Step};
+use super::{Error, plan, preflight, sockets};
+
+/// The host's network: the connection to the kernel, the firewall and the journal.
+#[derive(Debug)]
+pub struct Network {
+    kernel: Kernel,
+    journal: Journal,
+    backend: Option<Backend>,
+    /// What this process installed.
+    installed: Option<Ruleset>,
+}
+
+/// What a clean-up did.
+#[derive(Debug, Default)]
+pub struct CleanUp {
+    /// What was removed, one line each.
+    pub removed: Vec<String>,
+    /// What could not be removed.
+    pub errors: Vec<Error>,
+}
+
+impl Network {
+    /// Connects to the kernel and chooses the way to the firewall. Changes nothing. Must be called within a tokio runtime.
+    ///
+    /// # Errors
+    /// [`Error::Connect`]. A missing firewall is not an error here but in [`preflight`](Self::preflight).
+    #[allow(clippy::unused_async, reason = "needs the runtime")]
+    pub async fn open(state_dir: &Path) -> Result<Self, Error> {
+        let kernel = Kernel::connect()?;
+        let backend = match Backend::choose() {
+            Ok(backend) => Some(backend),
+            Err(error) => {
+                tracing::warn!(error = &error as &dyn std::error::Error, "no firewall");
+                None
+            }
+        };
+        Ok(Self { kernel, journal: Journal::open(state_dir), backend, installed: None })
+    }
+
+    /// Whether an earlier run ended with changes in place, or may have.
+    #[must_use]
+    pub const fn interrupted(&self) -> bool {
+        self.journal.interrupted()
+    }
+
+    /// Name of the way to the firewall: `nftnl`, `nft`, `iptables`, or empty when there is none.
+    #[must_use]
+    pub fn firewall_name(&self) -> &'static str {
+        self.backend.as_ref().map_or("", Backend::name)
+    }
+
+    /// What the way to the firewall can't promise, one sentence each.
+    #[must_use]
+    pub fn firewall_weaknesses(&self) -> &'static [&'static str] {
+        self.backend.as_ref().map_or(&[], Backend::weaknesses)
+    }
+
+    /// Checks everything that can be checked without changing anything.
+    ///
+    /// # Errors
+    /// [`Error::Privilege`], [`Error::TunUnavailable`], [`Error::NameTaken`], [`Error::TableTaken`], [`Error::Firewall`].
+    pub async fn preflight(&self, desired: &Desired) -> Result<(), Error> {
+        preflight::privilege()?;
+        preflight::tun()?;
+        preflight::free(&self.kernel.observe().await?, desired)?;
+        if self.backend.is_none() {
+            Backend::choose()?;
+        }
+        Ok(())
+    }
+
+    /// What [`create_tunnel`](Self::create_tunnel) and [`apply`](Self::apply) would change now.
+    ///
+    /// # Errors
+    /// When the present state can't be read.
+    pub async fn plan(&self, desired: &Desired) -> Result<Vec<Step>, Error> {
+        let steps = plan::plan(&self.kernel.observe().await?, desired);
+        let (tunnel, routes): (Vec<_>, Vec<_>) = steps.into_iter().partition(|step| step.stage() == Stage::Tunnel);
+        let ruleset = firewall::compile(desired, &sessions(desired));
+        let mut firewall = vec![];
+        if !self.is_installed(&ruleset)? {
+            let line = |line| Step { action: Action::Add, change: Change::Firewall(line) };
+            firewall.extend(ruleset.lines().into_iter().map(line));
+        }
+        Ok(tunnel.into_iter().chain(firewall).chain(routes).collect())
+    }
+
+    /// Makes the tunnel device with its addresses and brings it up; it goes when the descriptors are closed. They are
+    /// non-blocking and carry virtio headers (`struct virtio_net_hdr`), with checksum and TCP segmentation offloads. More
+    /// than one queue: `IFF_MULTI_QUEUE`.
+    ///
+    /// # Errors
+    /// [`Error::NameTaken`], [`Error::Create`], or the step that failed; nothing is left then.
+    pub async fn create_tunnel(&mut self, tunnel: &Tunnel, queues: usize) -> Result<Vec<OwnedFd>, Error> {
+        let links = self.kernel.links().await?;
+        if let Some(link) = links.iter().find(|link| link.name == tunnel.name) {
+            if !link.ours {
+                return Err(Error::NameTaken(tunnel.name.clone()));
+            }
+            let failed = |source| Error::Create { name: tunnel.name.clone(), source };
+            self.kernel.delete(link).await.map_err(failed)?;
+        }
+        let undo = Step { action: Action::Remove, change: Change::Device(tunnel.clone()) };
+        let before = self.journal.begin([undo.line()])?;
+        let desired = Desired {
+            tunnel: Some(tunnel.clone()),
+            exceptions: Exceptions::default(),
+            killswitch: false,
+            inbound_replies: false,
+        };
+        let made = match self.kernel.create(tunnel, queues).await {
+            // When this fails the descriptors are closed, and the device goes with them.
+            Ok(fds) => self.apply_steps(Stage::Tunnel, &desired).await.map(|()| fds),
+            Err(error) => Err(error),
+        };
+        if made.is_err() {
+            self.journal.roll_back(before)?;
+        }
+        made
+    }
+
+    /// Brings one stage from what is to what is wanted, and reads it back. On failure everything that this call did is
+    /// taken back, newest first.
+    ///
+    /// # Errors
+    /// The step that failed, or [`Error::Differs`].
+    pub async fn apply(&mut self, stage: Stage, desired: &Desired) -> Result<(), Error> {
+        match stage {
+            Stage::Firewall => self.apply_firewall(desired),
+            Stage::Tunnel | Stage::Routes => self.apply_steps(stage, desired).await,
+        }
+    }
+
+    async fn apply_steps(&mut self, stage: Stage, desired: &Desired) -> Result<(), Error> {
+        let observed = self.kernel.observe().await?;
+        preflight::table_free(&observed)?;
+        let steps = plan::plan(&observed, desired);
+        let steps: Vec<Step> = steps.into_iter().filter(|step| step.stage() == stage).collect();
+        let undo = steps.iter().filter_map(Step::inverse).map(|step| step.line());
+        let before = self.journal.begin(undo)?;
+        let (done, result) = self.run_all(stage, &steps, desired).await;
+        let Err(error) = result else { return Ok(()) };
+        if self.undo(done).await {
+            self.journal.roll_back(before)?;
+        }
+        Err(error)
+    }
+
+    /// Runs the steps. Gives those that were begun.
+    async fn run_all<'a>(&self, stage: Stage, steps: &'a [Step], desired: &Desired) -> (&'a [Step], Result<(), Error>) {
+        for (index, step) in steps.iter().enumerate() {
+            match self.kernel.run(step).await {
+                Err(error) if !kernel::already(step, &error) => {
+                    return (steps.get(..=index).unwrap_or(steps), Err(error));
+                }
+                _ => tracing::debug!(step = step.line(), "done"),
+            }
+        }
+        let left = match self.kernel.observe().await {
+            Ok(observed) => plan::plan(&observed, desired).into_iter().find(|step| step.stage() == stage),
+            Err(error) => return (steps, Err(error)),
+        };
+        (steps, left.map_or(Ok(()), |step| Err(Error::Differs(step.line()))))
+    }
+
+    /// Takes steps back, newest first, and goes on after a failure. Gives whether all is back.
+    async fn undo(&self, steps: &[Step]) -> bool {
+        let mut complete = true;
+        for step in steps.iter().rev().filter_map(Step::inverse) {
+            // A device is not made again: nobody would hold it.
+            if step.action == Action::Add && matches!(step.change, Change::Device(_)) {
+                continue;
+            }
+            if let Err(error) = self.kernel.run(&step).await
+                && !kernel::already(&step, &error)
+            {
+                tracing::error!(step = step.line(), error = &error as &dyn std::error::Error, "undo failed");
+                complete = false;
+            }
+        }
+        complete
+    }
+
+    fn apply_firewall(&mut self, desired: &Desired) -> Result<(), Error> {
+        let ruleset = firewall::compile(desired, &sessions(desired));
+        if self.is_installed(&ruleset)? {
+            return Ok(());
+        }
+        let backend = match self.backend.take() {
+            Some(backend) => backend,
+            None => Backend::choose()?,
+        };
+        let backend = self.backend.insert(backend);
+        let there = backend.present()?;
+        let before = self.journal.begin(["nft remove table inet proxyvpn".to_owned()])?;
+        let Err(error) = backend.apply(&ruleset) else {
+            self.installed = Some(ruleset);
+            return Ok(());
+        };
+        // One that an earlier run left is better than none.
+        let undone = match (&self.installed, there) {
+            (Some(previous), true) => backend.apply(previous),
+            (_, true) => Ok(()),
+            (_, false) => backend.remove(),
+        };
+        match undone {
+            Ok(()) => self.journal.roll_back(before)?,
+            Err(error) => tracing::error!(error = &error as &dyn std::error::Error, "undo of the firewall failed"),
+        }
+        Err(error.into())
+    }
+
+    /// Removes everything that is ours, found by ownership and without any memory of what was done. Goes on after errors.
+    /// What is already gone is success. The firewall comes last, so that nothing leaves before the rest is back.
+    pub async fn clean_up(&mut self) -> CleanUp {
+        let mut result = CleanUp::default();
+        match self.kernel.observe().await {
+            Ok(observed) => {
+                for step in plan::plan_removal(&observed) {
+                    match self.kernel.run(&step).await {
+                        Ok(()) => result.removed.push(step.line()),
+                        Err(error) if kernel::already(&step, &error) => {}
+                        Err(error) => result.errors.push(error),
+                    }
+                }
+            }
+            Err(error) => result.errors.push(error),
+        }
+        if result.errors.is_empty() {
+            match self.kernel.observe().await {
+                Ok(observed) => result
+                    .errors
+                    .extend(plan::plan_removal(&observed).into_iter().map(|step| Error::Differs(step.line()))),
+                Err(error) => result.errors.push(error),
+            }
+        }
+        self.remove_firewall(&mut result);
+        if result.errors.is_empty()
+            && let Err(error) = self.journal.clear()
+        {
+            result.errors.push(error);
+        }
+        result
+    }
+
+    fn remove_firewall(&mut self, result: &mut CleanUp) {
+        if self.backend.is_none() {
+            self.backend = Backend::choose().map_err(|error| result.errors.push(error.into())).ok();
+        }
+        let Some(backend) = &self.backend else { return };
+        let there = backend.present().unwrap_or(true);
+        match backend.remove() {
+            Ok(()) => {
+                if there {
+                    result.removed.push("nft remove table inet proxyvpn".to_owned());
+                }
+                self.installed = None;
+            }
+            Err(error) => result.errors.push(error.into()),
+        }
+    }
+
+    /// Every address of this machine.
+    ///
+    /// # Errors
+    /// When they can't be read.
+    pub async fn own_addresses(&self) -> Result<Vec<IpAddr>, Error> {
+        Ok(self.kernel.observe().await?.addresses().collect())
+    }
+
+    /// Whether what was applied is still there, and what else an administrator should know.
+    ///
+    /// # Errors
+    /// When the present state can't be read.
+    pub async fn health(&self, desired: &Desired) -> Result<Vec<Finding>, Error> {
+        let mut findings = health::findings(&self.kernel.observe().await?, desired);
+        if !self.backend.as_ref().map_or(Ok(false), Backend::present)? {
+            findings.insert(0, health::firewall_missing(desired));
+        }
+        Ok(findings)
+    }
+
+    fn is_installed(&self, ruleset: &Ruleset) -> Result<bool, Error> {
+        match &self.backend {
+            Some(backend) if self.installed.as_ref() == Some(ruleset) => Ok(backend.present()?),
+            _ => Ok(false),
+        }
+    }
+}
+
+/// Connections from outside that are open already. They can only be kept if they are known, so an error means none.
+fn sessions(desired: &Desired) -> Vec<(SocketAddr, SocketAddr)> {
+    if !desired.inbound_replies {
+        return vec![];
+    }
+    sockets::inbound_sessions().unwrap_or_else(|error| {
+        tracing::warn!(%error, "the table of sockets can't be read: open connections from outside will end");
+        vec![]
+    })
+}

@@ -1,0 +1,79 @@
+//! The kernel's network state, as far as it matters to us.
+
+use std::net::IpAddr;
+
+use ipnet::IpNet;
+
+use super::step::{Route, Rule};
+
+/// What was read from the kernel.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(super) struct Observed {
+    pub(super) links: Vec<Link>,
+    pub(super) addresses: Vec<Address>,
+    /// Routes that are ours: in our table, with our protocol number.
+    pub(super) routes: Vec<Route>,
+    /// Routes in our table that are not ours.
+    pub(super) foreign_routes: usize,
+    /// Rules that are ours: in our range of priorities, with our protocol number.
+    pub(super) rules: Vec<Rule>,
+    /// Priorities of the rules of others.
+    pub(super) foreign_rules: Vec<u32>,
+    /// `net.ipv4.conf.all`.
+    pub(super) all: SourceValidation,
+    /// A new device would have IPv6.
+    pub(super) ipv6_for_new: bool,
+    /// The kernel has IPv6.
+    pub(super) ipv6: bool,
+}
+
+/// A network device.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Link {
+    pub(super) index: u32,
+    pub(super) name: String,
+    /// A TUN device that carries our alias.
+    pub(super) ours: bool,
+    pub(super) loopback: bool,
+    pub(super) up: bool,
+    /// Bytes.
+    pub(super) mtu: u32,
+    /// Packets.
+    pub(super) queue: u32,
+    /// Makes no IPv6 link-local address of its own.
+    pub(super) address_generation_off: bool,
+    /// `None`: the device has no IPv4.
+    pub(super) source_validation: Option<SourceValidation>,
+    /// IPv6 is there.
+    pub(super) has_ipv6: bool,
+    /// IPv6 is there and not disabled.
+    pub(super) ipv6: bool,
+    /// Forwards IPv4.
+    pub(super) forwarding: bool,
+}
+
+/// Reverse-path filtering (RFC 3704) as in the kernel's ip-sysctl documentation.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(super) struct SourceValidation {
+    pub(super) rp_filter: u32,
+    pub(super) src_valid_mark: u32,
+}
+
+/// An address of a device.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Address {
+    pub(super) index: u32,
+    pub(super) address: IpNet,
+}
+
+impl Observed {
+    /// The device of that name.
+    pub(super) fn link(&self, name: &str) -> Option<&Link> {
+        self.links.iter().find(|link| link.name == name)
+    }
+
+    /// Every address of this machine.
+    pub(super) fn addresses(&self) -> impl Iterator<Item = IpAddr> {
+        self.addresses.iter().map(|address| address.address.addr())
+    }
+}

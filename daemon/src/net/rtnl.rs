@@ -1,0 +1,351 @@
+//! rtnetlink(7): our values to messages and back.
+
+use std::io;
+use std::net::IpAddr;
+
+use futures_util::StreamExt;
+use ipnet::IpNet;
+use rtnetlink::Handle;
+use rtnetlink::packet_core::{
+    DefaultNla, NLM_F_ACK, NLM_F_CREATE, NLM_F_DUMP, NLM_F_REQUEST, NetlinkMessage, NetlinkPayload,
+};
+use rtnetlink::packet_route::address::{AddressAttribute, AddressFlags, AddressMessage, AddressScope};
+use rtnetlink::packet_route::link::{
+    AfSpecInet, AfSpecInet6, AfSpecUnspec, In6AddrGenMode, InfoKind, LinkAttribute, LinkFlags, LinkInfo, LinkMessage,
+};
+use rtnetlink::packet_route::route::{
+    RouteAddress, RouteAttribute, RouteMessage, RouteProtocol, RouteScope, RouteType,
+};
+use rtnetlink::packet_route::rule::{RuleAction, RuleAttribute, RuleMessage, RulePortRange, RuleUidRange};
+use rtnetlink::packet_route::{AddressFamily, IpProtocol, RouteNetlinkMessage};
+
+use super::desired::{ROUTE_PROTOCOL, RULE_PRIORITIES, RULE_PRIORITY, TABLE};
+use super::observed::{Address, Link, SourceValidation};
+use super::step::{Family, Route, Rule, Target};
+
+/// Alias (`IFLA_IFALIAS`) that tells that a TUN device is ours.
+pub(super) const ALIAS: &str = "proxyvpn";
+/// `IFLA_INET_CONF` with `NLA_F_NESTED` (linux/if_link.h, linux/netlink.h).
+const INET_CONF: u16 = 1 | 1 << 15;
+/// `IPV4_DEVCONF_SRC_VMARK` (linux/ip.h).
+const SRC_VMARK: u16 = 24;
+
+/// Sends a request and waits for the kernel's word on it.
+pub(super) async fn request(handle: &Handle, message: RouteNetlinkMessage, create: bool) -> io::Result<()> {
+    let mut message = NetlinkMessage::from(message);
+    message.header.flags = NLM_F_REQUEST | NLM_F_ACK | if create { NLM_F_CREATE } else { 0 };
+    let mut answers = handle.clone().request(message).map_err(|_| closed())?;
+    while let Some(answer) = answers.next().await {
+        if let NetlinkPayload::Error(error) = answer.payload {
+            return if error.code.is_none() { Ok(()) } else { Err(error.to_io()) };
+        }
+    }
+    Err(closed())
+}
+
+/// Reads a whole list.
+pub(super) async fn dump(handle: &Handle, message: RouteNetlinkMessage) -> io::Result<Vec<RouteNetlinkMessage>> {
+    let mut message = NetlinkMessage::from(message);
+    message.header.flags = NLM_F_REQUEST | NLM_F_DUMP;
+    let mut answers = handle.clone().request(message).map_err(|_| closed())?;
+    let mut list = vec![];
+    while let Some(answer) = answers.next().await {
+        match answer.payload {
+            NetlinkPayload::InnerMessage(inner) => list.push(inner),
+            NetlinkPayload::Error(error) if error.code.is_some() => return Err(error.to_io()),
+            _ => {}
+        }
+    }
+    Ok(list)
+}
+
+fn closed() -> io::Error {
+    io::Error::new(io::ErrorKind::BrokenPipe, "the netlink connection has ended")
+}
+
+fn address_family(family: Family) -> AddressFamily {
+    match family {
+        Family::V4 => AddressFamily::Inet,
+        Family::V6 => AddressFamily::Inet6,
+    }
+}
+
+fn family(family: AddressFamily) -> Option<Family> {
+    match family {
+        AddressFamily::Inet => Some(Family::V4),
+        AddressFamily::Inet6 => Some(Family::V6),
+        _ => None,
+    }
+}
+
+/// Dump requests.
+pub(super) fn all_rules(family: Family) -> RouteNetlinkMessage {
+    let mut message = RuleMessage::default();
+    message.header.family = address_family(family);
+    RouteNetlinkMessage::GetRule(message)
+}
+
+/// See [`all_rules`].
+pub(super) fn all_routes(family: Family) -> RouteNetlinkMessage {
+    let mut message = RouteMessage::default();
+    message.header.address_family = address_family(family);
+    RouteNetlinkMessage::GetRoute(message)
+}
+
+/// A rule as a message.
+pub(super) fn rule_message(rule: &Rule) -> RuleMessage {
+    let mut message = RuleMessage::default();
+    message.header.family = address_family(rule.family);
+    message.header.action = RuleAction::ToTable;
+    let attributes = &mut message.attributes;
+    attributes.push(RuleAttribute::Priority(rule.priority));
+    attributes.push(RuleAttribute::Table(rule.table));
+    attributes.push(RuleAttribute::Protocol(RouteProtocol::from(ROUTE_PROTOCOL)));
+    if let Some((mark, mask)) = rule.mark {
+        attributes.push(RuleAttribute::FwMark(mark));
+        attributes.push(RuleAttribute::FwMask(mask));
+    }
+    if let Some(net) = rule.to {
+        message.header.dst_len = net.prefix_len();
+        attributes.push(RuleAttribute::Destination(net.addr()));
+    }
+    if let Some((start, end)) = rule.users {
+        attributes.push(RuleAttribute::UidRange(RuleUidRange { start, end }));
+    }
+    if let Some(protocol) = rule.protocol {
+        attributes.push(RuleAttribute::IpProtocol(IpProtocol::from(i32::from(protocol))));
+    }
+    if let Some((start, end)) = rule.ports {
+        attributes.push(RuleAttribute::DestinationPortRange(RulePortRange { start, end }));
+    }
+    message
+}
+
+/// A rule as read: its priority, and the rule if it is ours.
+pub(super) fn parse_rule(message: &RuleMessage) -> Option<(u32, Option<Rule>)> {
+    let mut rule = Rule {
+        family: family(message.header.family)?,
+        priority: 0,
+        mark: None,
+        to: None,
+        users: None,
+        protocol: None,
+        ports: None,
+        table: u32::from(message.header.table),
+    };
+    let mut owner = None;
+    let (mut mark, mut mask) = (None, u32::MAX);
+    for attribute in &message.attributes {
+        match attribute {
+            RuleAttribute::Priority(value) => rule.priority = *value,
+            RuleAttribute::Table(value) => rule.table = *value,
+            RuleAttribute::Protocol(value) => owner = Some(u8::from(*value)),
+            RuleAttribute::FwMark(value) => mark = Some(*value),
+            RuleAttribute::FwMask(value) => mask = *value,
+            RuleAttribute::Destination(value) => rule.to = IpNet::new(*value, message.header.dst_len).ok(),
+            RuleAttribute::UidRange(range) => rule.users = Some((range.start, range.end)),
+            RuleAttribute::IpProtocol(value) => rule.protocol = u8::try_from(i32::from(*value)).ok(),
+            RuleAttribute::DestinationPortRange(range) => rule.ports = Some((range.start, range.end)),
+            _ => {}
+        }
+    }
+    rule.mark = mark.map(|mark| (mark, mask));
+    let range = RULE_PRIORITY..RULE_PRIORITY + RULE_PRIORITIES;
+    let ours = owner == Some(ROUTE_PROTOCOL) && range.contains(&rule.priority);
+    Some((rule.priority, ours.then_some(rule)))
+}
+
+/// A route as a message; `device`: index of the device of a [`Target::Device`].
+pub(super) fn route_message(route: &Route, device: Option<u32>) -> RouteMessage {
+    let mut message = RouteMessage::default();
+    let header = &mut message.header;
+    header.address_family = address_family(route.family);
+    header.protocol = RouteProtocol::from(ROUTE_PROTOCOL);
+    (header.kind, header.scope) = match (&route.target, route.family) {
+        (Target::Device(_), Family::V4) => (RouteType::Unicast, RouteScope::Link),
+        (Target::Device(_), Family::V6) => (RouteType::Unicast, RouteScope::Universe),
+        (Target::Unreachable, _) => (RouteType::Unreachable, RouteScope::Universe),
+    };
+    if let Some(net) = route.to {
+        header.destination_prefix_length = net.prefix_len();
+        message.attributes.push(RouteAttribute::Destination(net.addr().into()));
+    }
+    message.attributes.push(RouteAttribute::Table(TABLE));
+    message.attributes.push(RouteAttribute::Priority(route.metric));
+    message.attributes.extend(device.map(RouteAttribute::Oif));
+    message
+}
+
+/// A route of our table as read; `Err`: of somebody else. `None`: not of our table.
+pub(super) fn parse_route(message: &RouteMessage, links: &[Link]) -> Option<Result<Route, ()>> {
+    let family = family(message.header.address_family)?;
+    let (mut table, mut metric, mut device, mut to) = (u32::from(message.header.table), 0, None, None);
+    for attribute in &message.attributes {
+        match attribute {
+            RouteAttribute::Table(value) => table = *value,
+            RouteAttribute::Priority(value) => metric = *value,
+            RouteAttribute::Oif(index) => device = Some(*index),
+            RouteAttribute::Destination(value) => {
+                to = route_address(value).and_then(|a| IpNet::new(a, message.header.destination_prefix_length).ok());
+            }
+            _ => {}
+        }
+    }
+    if table != TABLE {
+        return None;
+    }
+    if u8::from(message.header.protocol) != ROUTE_PROTOCOL {
+        return Some(Err(()));
+    }
+    let target = match (message.header.kind, device) {
+        (RouteType::Unicast, Some(index)) => Target::Device(
+            links
+                .iter()
+                .find(|link| link.index == index)
+                .map_or_else(|| format!("if{index}"), |link| link.name.clone()),
+        ),
+        _ => Target::Unreachable,
+    };
+    Some(Ok(Route { family, to, target, metric }))
+}
+
+fn route_address(address: &RouteAddress) -> Option<IpAddr> {
+    match address {
+        RouteAddress::Inet(address) => Some(IpAddr::V4(*address)),
+        RouteAddress::Inet6(address) => Some(IpAddr::V6(*address)),
+        _ => None,
+    }
+}
+
+/// An address as a message. Without a connected route: main stays as it is.
+pub(super) fn address_message(index: u32, address: IpNet) -> AddressMessage {
+    let mut message = AddressMessage::default();
+    message.header.family = address_family(Family::of(&address));
+    message.header.prefix_len = address.prefix_len();
+    message.header.scope = AddressScope::Universe;
+    message.header.index = index;
+    let mut flags = AddressFlags::Noprefixroute;
+    if address.addr().is_ipv6() {
+        // Nobody else is on this link.
+        flags |= AddressFlags::Nodad;
+    }
+    message.attributes = vec![
+        AddressAttribute::Local(address.addr()),
+        AddressAttribute::Address(address.addr()),
+        AddressAttribute::Flags(flags),
+    ];
+    message
+}
+
+/// An address as read.
+pub(super) fn parse_address(message: &AddressMessage) -> Option<Address> {
+    let find = |local: bool| {
+        message.attributes.iter().find_map(|attribute| match attribute {
+            AddressAttribute::Local(address) if local => Some(*address),
+            AddressAttribute::Address(address) if !local => Some(*address),
+            _ => None,
+        })
+    };
+    // On point-to-point links IFA_ADDRESS is the peer's.
+    let address = find(true).or_else(|| find(false))?;
+    Some(Address { index: message.header.index, address: IpNet::new(address, message.header.prefix_len).ok()? })
+}
+
+/// A device as read.
+pub(super) fn parse_link(message: &LinkMessage) -> Link {
+    let flag = |flag| message.header.flags.contains(flag);
+    let mut link = Link {
+        index: message.header.index,
+        name: String::new(),
+        ours: false,
+        loopback: flag(LinkFlags::Loopback),
+        up: flag(LinkFlags::Up),
+        mtu: 0,
+        queue: 0,
+        address_generation_off: false,
+        source_validation: None,
+        has_ipv6: false,
+        ipv6: false,
+        forwarding: false,
+    };
+    let (mut tun, mut alias) = (false, false);
+    for attribute in &message.attributes {
+        match attribute {
+            LinkAttribute::IfName(name) => link.name.clone_from(name),
+            LinkAttribute::IfAlias(text) => alias = text == ALIAS,
+            LinkAttribute::Mtu(mtu) => link.mtu = *mtu,
+            LinkAttribute::TxQueueLen(length) => link.queue = *length,
+            LinkAttribute::LinkInfo(infos) => tun = infos.contains(&LinkInfo::Kind(InfoKind::Tun)),
+            LinkAttribute::AfSpecUnspec(specs) => specs.iter().for_each(|spec| parse_spec(spec, &mut link)),
+            _ => {}
+        }
+    }
+    link.ours = tun && alias;
+    link
+}
+
+fn parse_spec(spec: &AfSpecUnspec, link: &mut Link) {
+    match spec {
+        AfSpecUnspec::Inet(list) => {
+            for item in list {
+                if let AfSpecInet::DevConf(conf) = item {
+                    let (rp_filter, src_valid_mark) = (conf.rp_filter.cast_unsigned(), conf.src_vmark.cast_unsigned());
+                    link.source_validation = Some(SourceValidation { rp_filter, src_valid_mark });
+                    link.forwarding = conf.forwarding != 0;
+                }
+            }
+        }
+        AfSpecUnspec::Inet6(list) => {
+            link.has_ipv6 = true;
+            for item in list {
+                match item {
+                    AfSpecInet6::DevConf(conf) => link.ipv6 = conf.disable_ipv6 == 0,
+                    AfSpecInet6::AddrGenMode(mode) => link.address_generation_off = *mode == In6AddrGenMode::None,
+                    _ => {}
+                }
+            }
+        }
+        _ => {}
+    }
+}
+
+/// Messages that give the tunnel its settings. The kernel looks at flags before anything of IPv6, so up comes last.
+pub(super) fn settings_messages(link: &Link, mtu: u16, queue: u32) -> Vec<LinkMessage> {
+    let mut settings = link_message(link.index);
+    settings.attributes = vec![LinkAttribute::Mtu(u32::from(mtu)), LinkAttribute::TxQueueLen(queue)];
+    if link.ipv6 {
+        let none = AfSpecUnspec::Inet6(vec![AfSpecInet6::AddrGenMode(In6AddrGenMode::None)]);
+        settings.attributes.push(LinkAttribute::AfSpecUnspec(vec![none]));
+    }
+    let mut up = link_message(link.index);
+    up.header.flags = LinkFlags::Up;
+    up.header.change_mask = LinkFlags::Up;
+    vec![settings, up]
+}
+
+/// A message that says whose the device is.
+pub(super) fn alias_message(index: u32) -> LinkMessage {
+    let mut message = link_message(index);
+    message.attributes = vec![LinkAttribute::IfAlias(ALIAS.to_owned())];
+    message
+}
+
+/// A message that sets `src_valid_mark` of a device; /proc/sys is read-only under `ProtectKernelTunables=`.
+pub(super) fn source_mark_message(index: u32, value: u32) -> LinkMessage {
+    // struct nlattr, then the value; the crate can't send a 0.
+    let mut nested = vec![];
+    nested.extend(8_u16.to_ne_bytes());
+    nested.extend(SRC_VMARK.to_ne_bytes());
+    nested.extend(value.to_ne_bytes());
+    let inet = AfSpecUnspec::Inet(vec![AfSpecInet::Other(DefaultNla::new(INET_CONF, nested))]);
+    let mut message = link_message(index);
+    message.attributes = vec![LinkAttribute::AfSpecUnspec(vec![inet])];
+    message
+}
+
+/// A message about one device.
+pub(super) fn link_message(index: u32) -> LinkMessage {
+    let mut message = LinkMessage::default();
+    message.header.index = index;
+    message
+}

@@ -1,0 +1,292 @@
+//! One change of the kernel's network state, and its undo.
+
+use std::fmt;
+
+use ipnet::IpNet;
+
+use super::desired::{ROUTE_PROTOCOL, SYSCTL_ON, TABLE, Tunnel};
+
+/// Groups of steps that are applied together.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Stage {
+    /// The device and its addresses.
+    Tunnel,
+    /// The firewall.
+    Firewall,
+    /// Routes, policy rules and what strict reverse-path filtering needs.
+    Routes,
+}
+
+/// Part of the network that a step changes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Layer {
+    /// Network device.
+    Link,
+    /// Address of a device.
+    Address,
+    /// Route.
+    Route,
+    /// Policy rule (ip-rule(8)).
+    Rule,
+    /// Firewall rule.
+    Nft,
+    /// Kernel parameter of a device.
+    Sysctl,
+}
+
+impl Layer {
+    /// The name on the bus.
+    #[must_use]
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Link => "link",
+            Self::Address => "address",
+            Self::Route => "route",
+            Self::Rule => "rule",
+            Self::Nft => "nft",
+            Self::Sysctl => "sysctl",
+        }
+    }
+}
+
+/// What a step does.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Action {
+    /// Make it.
+    Add,
+    /// Take it away.
+    Remove,
+    /// Give it a value.
+    Set,
+}
+
+impl Action {
+    /// The name on the bus.
+    #[must_use]
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Add => "add",
+            Self::Remove => "remove",
+            Self::Set => "set",
+        }
+    }
+}
+
+/// IP version.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(super) enum Family {
+    /// IPv4.
+    V4,
+    /// IPv6.
+    V6,
+}
+
+impl Family {
+    /// Both.
+    pub(super) const ALL: [Self; 2] = [Self::V4, Self::V6];
+
+    /// The version of a prefix.
+    pub(super) const fn of(net: &IpNet) -> Self {
+        match net {
+            IpNet::V4(_) => Self::V4,
+            IpNet::V6(_) => Self::V6,
+        }
+    }
+
+    /// Option of `ip` in front of what is not IPv4.
+    const fn option(self) -> &'static str {
+        match self {
+            Self::V4 => "",
+            Self::V6 => "-6 ",
+        }
+    }
+}
+
+/// A route in our table.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Route {
+    pub(super) family: Family,
+    /// `None`: default.
+    pub(super) to: Option<IpNet>,
+    pub(super) target: Target,
+    /// The lowest wins.
+    pub(super) metric: u32,
+}
+
+/// Where a route leads.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum Target {
+    /// Out by this device.
+    Device(String),
+    /// Refused as unreachable.
+    Unreachable,
+}
+
+/// A policy rule of ours. What is `None` matches everything.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Rule {
+    pub(super) family: Family,
+    /// The lowest is asked first.
+    pub(super) priority: u32,
+    /// Mark and mask.
+    pub(super) mark: Option<(u32, u32)>,
+    pub(super) to: Option<IpNet>,
+    /// First and last user id.
+    pub(super) users: Option<(u32, u32)>,
+    /// IP protocol number.
+    pub(super) protocol: Option<u8>,
+    /// First and last destination port.
+    pub(super) ports: Option<(u16, u16)>,
+    pub(super) table: u32,
+}
+
+/// What a step changes.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum Change {
+    /// The device itself.
+    Device(Tunnel),
+    /// MTU, queue length, up.
+    Settings(Tunnel),
+    Address {
+        device: String,
+        address: IpNet,
+    },
+    Route(Route),
+    Rule(Rule),
+    /// `src_valid_mark` of a device.
+    SourceMark {
+        device: String,
+        value: u32,
+    },
+    /// A rule of the firewall, in nft notation. The firewall is always set as a whole.
+    Firewall(String),
+}
+
+/// One step of a plan. [`Display`](fmt::Display) gives its object in the notation of `ip`, `nft` or `sysctl`; `-6 ` in
+/// front is the option of `ip`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Step {
+    pub(super) action: Action,
+    pub(super) change: Change,
+}
+
+impl Step {
+    /// What it does.
+    #[must_use]
+    pub const fn action(&self) -> Action {
+        self.action
+    }
+
+    /// When it is done.
+    #[must_use]
+    pub const fn stage(&self) -> Stage {
+        match self.change {
+            Change::Device(_) | Change::Settings(_) | Change::Address { .. } => Stage::Tunnel,
+            Change::Firewall(_) => Stage::Firewall,
+            Change::Route(_) | Change::Rule(_) | Change::SourceMark { .. } => Stage::Routes,
+        }
+    }
+
+    /// What part of the network it changes.
+    #[must_use]
+    pub const fn layer(&self) -> Layer {
+        match self.change {
+            Change::Device(_) | Change::Settings(_) => Layer::Link,
+            Change::Address { .. } => Layer::Address,
+            Change::Firewall(_) => Layer::Nft,
+            Change::Route(_) => Layer::Route,
+            Change::Rule(_) => Layer::Rule,
+            Change::SourceMark { .. } => Layer::Sysctl,
+        }
+    }
+
+    /// The step that takes it back. `None`: nothing to take back, because it goes with the device.
+    pub(super) fn inverse(&self) -> Option<Self> {
+        let change = match &self.change {
+            Change::Settings(_) => return None,
+            Change::SourceMark { device, value } => {
+                let value = if *value == 0 { SYSCTL_ON } else { 0 };
+                return Some(Self {
+                    action: Action::Set,
+                    change: Change::SourceMark { device: device.clone(), value },
+                });
+            }
+            other => other.clone(),
+        };
+        let action = match self.action {
+            Action::Add => Action::Remove,
+            Action::Remove => Action::Add,
+            Action::Set => Action::Set,
+        };
+        Some(Self { action, change })
+    }
+
+    /// The whole line, for logs and the journal.
+    pub(super) fn line(&self) -> String {
+        format!("{} {} {self}", self.layer().as_str(), self.action.as_str())
+    }
+}
+
+impl fmt::Display for Step {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match &self.change {
+            Change::Device(tunnel) => write!(f, "{} type tun", tunnel.name),
+            Change::Settings(tunnel) => {
+                write!(f, "{} mtu {} txqueuelen {} addrgenmode none up", tunnel.name, tunnel.mtu, super::tun::QUEUE)
+            }
+            Change::Address { device, address } => write!(f, "{address} dev {device} noprefixroute"),
+            Change::Route(route) => route.fmt(f),
+            Change::Rule(rule) => rule.fmt(f),
+            Change::SourceMark { device, value } => write!(f, "net.ipv4.conf.{device}.src_valid_mark={value}"),
+            Change::Firewall(line) => f.write_str(line),
+        }
+    }
+}
+
+impl fmt::Display for Route {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.family.option())?;
+        if self.target == Target::Unreachable {
+            f.write_str("unreachable ")?;
+        }
+        match &self.to {
+            None => f.write_str("default")?,
+            Some(net) => write!(f, "{net}")?,
+        }
+        if let Target::Device(name) = &self.target {
+            write!(f, " dev {name}")?;
+        }
+        write!(f, " table {TABLE} proto {ROUTE_PROTOCOL} metric {}", self.metric)
+    }
+}
+
+impl fmt::Display for Rule {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}priority {}", self.family.option(), self.priority)?;
+        if let Some((mark, mask)) = self.mark {
+            write!(f, " fwmark {mark:#x}/{mask:#x}")?;
+        }
+        if let Some(net) = self.to {
+            write!(f, " to {net}")?;
+        }
+        if let Some((first, last)) = self.users {
+            write!(f, " uidrange {first}-{last}")?;
+        }
+        match self.protocol {
+            None => {}
+            Some(6) => f.write_str(" ipproto tcp")?,
+            Some(17) => f.write_str(" ipproto udp")?,
+            Some(other) => write!(f, " ipproto {other}")?,
+        }
+        match self.ports {
+            None => {}
+            Some((first, last)) if first == last => write!(f, " dport {first}")?,
+            Some((first, last)) => write!(f, " dport {first}-{last}")?,
+        }
+        match self.table {
+            254 => f.write_str(" lookup main")?,
+            other => write!(f, " lookup {other}")?,
+        }
+        write!(f, " protocol {ROUTE_PROTOCOL}")
+    }
+}

@@ -1,0 +1,42 @@
+//! System calls of the TUN driver (linux/if_tun.h), which has no netlink interface to make a device.
+#![allow(unsafe_code)]
+
+use std::fs::File;
+use std::io;
+use std::os::fd::AsRawFd;
+
+/// `IFF_TUN_EXCL`: fail when the device exists, instead of joining it.
+const EXCLUSIVE: libc::c_int = 0x8000;
+/// What the engine's packets may leave to the kernel: checksums and TCP segmentation.
+const OFFLOADS: libc::c_uint = libc::TUN_F_CSUM | libc::TUN_F_TSO4 | libc::TUN_F_TSO6;
+
+/// Turns an open `/dev/net/tun` into a queue of the device `name`. `first`: make the device.
+pub(super) fn attach(file: &File, name: &str, multi_queue: bool, first: bool) -> io::Result<()> {
+    let mut flags = libc::IFF_TUN | libc::IFF_NO_PI | libc::IFF_VNET_HDR;
+    if multi_queue {
+        flags |= libc::IFF_MULTI_QUEUE;
+    }
+    if first {
+        flags |= EXCLUSIVE;
+    }
+    // SAFETY: ifreq is plain data, for which all zeroes are a value.
+    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
+    // The last byte stays 0.
+    if name.is_empty() || name.len() >= request.ifr_name.len() || name.contains('\0') {
+        return Err(io::Error::from(io::ErrorKind::InvalidInput));
+    }
+    for (to, from) in request.ifr_name.iter_mut().zip(name.bytes()) {
+        *to = libc::c_char::from_ne_bytes([from]);
+    }
+    // The flags are 16 bits in struct ifreq; IFF_TUN_EXCL is the uppermost.
+    request.ifr_ifru.ifru_flags = (flags & 0xffff) as libc::c_short;
+    // SAFETY: TUNSETIFF reads and writes one ifreq, which outlives the call; the descriptor is open.
+    if unsafe { libc::ioctl(file.as_raw_fd(), libc::TUNSETIFF, &raw mut request) } < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: TUNSETOFFLOAD takes its argument by value; the descriptor is open.
+    if unsafe { libc::ioctl(file.as_raw_fd(), libc::TUNSETOFFLOAD, libc::c_ulong::from(OFFLOADS)) } < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(())
+}
