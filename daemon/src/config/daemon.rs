@@ -77,3 +77,44 @@ pub fn parse(file: &str, text: &str) -> Result<DaemonConfig, ConfigError> {
     }
     Ok(config)
 }
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, reason = "tests")]
+mod tests {
+    use std::os::unix::fs::PermissionsExt as _;
+
+    use rustix::process::geteuid;
+
+    use super::*;
+    use crate::test_dir::TestDir;
+
+    #[test]
+    fn every_key_and_its_errors() {
+        assert_eq!(parse("f", "").unwrap(), DaemonConfig::default());
+        let config = parse("f", "log-level = \"debug\"\nmax-flows = 100\n").unwrap();
+        assert_eq!(config, DaemonConfig { log_level: LevelFilter::DEBUG, max_flows: 100 });
+        for (text, says) in [
+            ("log-level = \"loud\"\n", "f:1:13: \"loud\" is no log-level; use error,"),
+            ("\nmax-flows = 0\n", "f:2:13: max-flows = 0 is not possible"),
+            ("max-flows = 1048577\n", "use 1 to 1048576"),
+            ("max-flows = \"many\"\n", "f:1:13: invalid type"),
+            ("log_level = \"info\"\n", "f:1:1: unknown key `log_level`"),
+        ] {
+            let error = parse("f", text).unwrap_err().to_string();
+            assert!(error.contains(says), "{text:?}: {error}");
+        }
+    }
+
+    #[test]
+    fn a_missing_file_means_the_defaults_and_a_foreign_one_is_refused() {
+        let (dir, own) = (TestDir::new("daemon"), geteuid().as_raw());
+        let path = dir.path("proxyvpnd.toml");
+        assert_eq!(load_owned(&path, own).unwrap(), DaemonConfig::default());
+        std::fs::write(&path, "max-flows = 7\n").unwrap();
+        std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o644)).unwrap();
+        assert_eq!(load_owned(&path, own).unwrap().max_flows, 7);
+        assert!(load_owned(&path, own + 1).unwrap_err().to_string().contains("chown"));
+        std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o666)).unwrap();
+        assert!(load_owned(&path, own).unwrap_err().to_string().contains("chmod go-w"));
+    }
+}

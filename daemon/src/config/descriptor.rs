@@ -1,7 +1,7 @@
 //! What a caller on the bus gives as a descriptor. The caller is hostile: sizes and times are bounded.
 
 use std::fs::File;
-use std::io::{self, Read};
+use std::io::{self, Read, Seek as _};
 use std::os::fd::{AsFd as _, OwnedFd};
 use std::time::{Duration, Instant};
 
@@ -65,10 +65,14 @@ pub async fn read(fd: OwnedFd, max: usize) -> Result<Zeroizing<Vec<u8>>, Descrip
 
 fn read_blocking(fd: OwnedFd, max: usize) -> Result<Zeroizing<Vec<u8>>, DescriptorError> {
     let stat = fstat(&fd).map_err(|errno| DescriptorError::Read(errno.into()))?;
-    if !matches!(FileType::from_raw_mode(stat.st_mode), FileType::RegularFile | FileType::Fifo) {
-        return Err(DescriptorError::Kind);
+    let mut file = File::from(fd);
+    match FileType::from_raw_mode(stat.st_mode) {
+        // A caller that has just written a memfd stands at its end.
+        FileType::RegularFile => file.rewind().map_err(DescriptorError::Read)?,
+        FileType::Fifo => {}
+        _ => return Err(DescriptorError::Kind),
     }
-    let reader = Patient { file: File::from(fd), deadline: Instant::now() + TIMEOUT };
+    let reader = Patient { file, deadline: Instant::now() + TIMEOUT };
     let bytes = file::read_bounded(reader, max).map_err(|error| match error.kind() {
         io::ErrorKind::TimedOut => DescriptorError::Timeout,
         _ => DescriptorError::Read(error),

@@ -108,3 +108,7 @@ fn secret(bytes: &[u8], origin: &str) -> Result<Secret, SecretError> {
     }
     Ok(Secret::new(text.to_owned()))
 }
+
+#[cfg(test)]
+#[path = "secret_tests.rs"]
+mod tests;

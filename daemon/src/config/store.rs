@@ -331,3 +331,7 @@ fn write(dir: &OwnedFd, file: &str, text: &str, replace: bool) -> io::Result<()>
     moved?;
     Ok(rustix::fs::fsync(dir)?)
 }
+
+#[cfg(test)]
+#[path = "store_tests.rs"]
+mod tests;
