@@ -2,12 +2,29 @@
 //! upstream. Needs no privilege, no D-Bus and no netlink: it is given devices, a configuration and a stop signal, and gives
 //! back events and counters.
 //!
+//! - [`Engine`]: start, counters, flows, stop
 //! - [`config`]: what the engine is told
-//! - [`event`]: what the engine tells: events, counters, flows
+//! - [`event`]: what the engine tells: events, flows
 //! - [`upstream`]: the way out: HTTP CONNECT or direct, marked sockets, probe
 //! - [`secret`]: a password that cannot be printed
+//!
+//! The way of a packet: `device` (frames, offloads) → `packet` (parse, refuse UDP) → `table` (4-tuple → flow) → `shard`
+//! (what happens to it) → `relay` (smoltcp ↔ upstream socket), with `timer` and `sys` (ring memory, ioctls) below.
 
 pub mod config;
+mod counters;
+mod device;
+mod engine;
 pub mod event;
+mod flow;
+mod health;
+mod packet;
+mod relay;
 pub mod secret;
+mod shard;
+mod sys;
+mod table;
+mod timer;
 pub mod upstream;
+
+pub use engine::{Engine, StartError};

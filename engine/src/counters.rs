@@ -1,0 +1,115 @@
+//! What was counted. Every packet or flow that is dropped, refused or cut short has a name here.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+
+/// A number that one thread adds to and any thread reads.
+#[derive(Debug, Default)]
+pub(crate) struct Counter(AtomicU64);
+
+impl Counter {
+    /// Adds `n`. Only the owning shard's thread may call it: there is one writer, so that no locked instruction is needed.
+    pub(crate) fn add(&self, n: u64) {
+        self.0.store(self.0.load(Ordering::Relaxed).wrapping_add(n), Ordering::Relaxed);
+    }
+
+    /// Adds one, as [`add`](Self::add).
+    pub(crate) fn increment(&self) {
+        self.add(1);
+    }
+
+    /// The number.
+    pub(crate) fn get(&self) -> u64 {
+        self.0.load(Ordering::Relaxed)
+    }
+}
+
+macro_rules! counters {
+    ($($(#[$doc:meta])+ $field:ident: $name:literal,)+) => {
+        /// The counters of one shard.
+        #[derive(Debug, Default)]
+        pub(crate) struct Counters {
+            $($(#[$doc])+ pub(crate) $field: Counter,)+
+        }
+
+        impl Counters {
+            /// Name and sum over `shards`.
+            pub(crate) fn sum<'a>(shards: impl Iterator<Item = &'a Counters> + Clone) -> Vec<(&'static str, u64)> {
+                vec![$(($name, shards.clone().map(|shard| shard.$field.get()).fold(0, u64::wrapping_add)),)+]
+            }
+        }
+    };
+}
+
+counters! {
+    /// Packets (or super-segments) read from the device.
+    packets_in: "packets-in",
+    /// Bytes of those, headers included.
+    bytes_in: "bytes-in",
+    /// Packets (or super-segments) written to the device.
+    packets_out: "packets-out",
+    /// Bytes of those, headers included.
+    bytes_out: "bytes-out",
+    /// Payload bytes from programs that the upstream took.
+    bytes_sent: "bytes-sent",
+    /// Payload bytes from the upstream.
+    bytes_received: "bytes-received",
+    /// Flows that the upstream accepted.
+    flows_opened: "flows-opened",
+    /// Opened flows that are over, whatever the way.
+    flows_closed: "flows-closed",
+    /// SYNs answered with a RST because the upstream or the destination did not want or could not.
+    flows_refused: "flows-refused",
+    /// SYNs answered with a RST because too many flows are open.
+    flows_refused_full: "flows-refused-full",
+    /// SYNs answered with a RST because too many wait for the upstream.
+    flows_refused_pending: "flows-refused-pending",
+    /// SYNs answered with a RST because this process could not open a socket.
+    flows_refused_no_socket: "flows-refused-no-socket",
+    /// Attempts given up because the program no longer waits.
+    flows_cancelled: "flows-cancelled",
+    /// Opened flows that the program reset.
+    flows_reset_by_program: "flows-reset-by-program",
+    /// Opened flows that the upstream reset.
+    flows_reset_by_upstream: "flows-reset-by-upstream",
+    /// Opened flows ended because a side that should have gone on stayed silent.
+    flows_timed_out: "flows-timed-out",
+    /// Segments of no known flow, answered with a RST.
+    unknown_flow: "unknown-flow",
+    /// Repeated SYNs of a flow that still waits for the upstream.
+    syn_repeated: "syn-repeated",
+    /// UDP packets answered with port-unreachable.
+    udp_unreachable: "udp-unreachable",
+    /// UDP packets dropped without an answer because of the rate limit.
+    drop_udp_limit: "drop-udp-limit",
+    /// Packets with impossible headers or lengths.
+    drop_malformed: "drop-malformed",
+    /// Packets with a wrong checksum.
+    drop_checksum: "drop-checksum",
+    /// Fragments.
+    drop_fragment: "drop-fragment",
+    /// Packets to groups or to everyone.
+    drop_multicast: "drop-multicast",
+    /// Packets from or to an address that no host can have.
+    drop_address: "drop-address",
+    /// Packets that are neither TCP nor UDP.
+    drop_not_tcp: "drop-not-tcp",
+    /// Packets that the device refused to take (it is down, or the packet was not to its liking).
+    drop_device: "drop-device",
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn shards_are_summed_under_unique_kebab_names() {
+        let (a, b) = (Counters::default(), Counters::default());
+        a.drop_fragment.add(2);
+        b.drop_fragment.increment();
+        let sum = Counters::sum([&a, &b].into_iter());
+        assert!(sum.contains(&("drop-fragment", 3)));
+        assert!(sum.iter().all(|(name, _)| name.bytes().all(|byte| byte.is_ascii_lowercase() || byte == b'-')));
+        let names: std::collections::BTreeSet<_> = sum.iter().map(|(name, _)| name).collect();
+        assert_eq!(names.len(), sum.len());
+    }
+}

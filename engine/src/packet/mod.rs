@@ -1,0 +1,11 @@
+//! Packets as bytes: what comes in is hostile, so lengths are checked here, once, before anything else looks at it.
+//!
+//! - [`parse`]: sorts a packet
+//! - [`checksum`]: the Internet checksum
+//! - [`icmp`]: port-unreachable answers
+//! - [`vnet`]: the virtio-net header of a TUN queue
+
+pub(crate) mod checksum;
+pub(crate) mod icmp;
+pub(crate) mod parse;
+pub(crate) mod vnet;

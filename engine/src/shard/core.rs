@@ -1,0 +1,498 @@
+//! What happens to a packet, an answer of the upstream, a timer.
+
+use std::collections::VecDeque;
+use std::collections::hash_map::RandomState;
+use std::hash::BuildHasher;
+use std::io;
+use std::net::SocketAddr;
+use std::pin::Pin;
+use std::sync::{Arc, OnceLock};
+use std::time::Duration;
+
+use smoltcp::iface::{Interface, SocketSet};
+use smoltcp::phy::DeviceCapabilities;
+use smoltcp::time::Instant;
+use smoltcp::wire::HardwareAddress;
+use tokio::sync::mpsc::UnboundedSender;
+
+use super::ready::{FlowWaker, Ready};
+use crate::config::Limits;
+use crate::counters::Counters;
+use crate::device::{Framing, Port, Queue, Sender};
+use crate::event::FlowInfo;
+use crate::flow::{Flow, Pending, Stage, state_name};
+use crate::health::Health;
+use crate::packet::icmp::port_unreachable;
+use crate::packet::parse::{self, Drop as Reason, Packet, RST, Segment};
+use crate::relay::{End, Pumped, Relay};
+use crate::sys::{Connection, Slab};
+use crate::table::{FlowId, Table};
+use crate::timer::Timers;
+use crate::upstream::{ConnectError, Target, Tunnel};
+
+/// Probes an idle program so often: a RST of its kernel's may have been lost.
+const KEEP_ALIVE: smoltcp::time::Duration = smoltcp::time::Duration::from_secs(900);
+/// Port-unreachable answers per second, and as many at once after a quiet time.
+const UNREACHABLE_RATE: u32 = 1000;
+/// A deadline is never closer than this, so that no state of a socket can spin the loop.
+const TICK: smoltcp::time::Duration = smoltcp::time::Duration::from_millis(1);
+/// RFC 9293 section 3.7.1: what a SYN without the option means. smoltcp takes it for IPv6 too.
+const DEFAULT_MSS: u16 = 536;
+/// What smoltcp (like Linux) raises a smaller MSS to.
+const MIN_MSS: u16 = 48;
+
+/// The way to an upstream: the seam between flows and [`Connector`](crate::upstream::Connector).
+pub(crate) type Dial = Arc<dyn Fn(Target) -> Attempt + Send + Sync>;
+/// One attempt; dropping it gives it up.
+pub(crate) type Attempt = Pin<Box<dyn Future<Output = Outcome> + Send>>;
+/// How an attempt ended.
+pub(crate) type Outcome = Result<Tunnel, ConnectError>;
+
+/// What a shard is made of.
+pub(crate) struct Parts<Q> {
+    /// The device.
+    pub(crate) sender: Sender<Q>,
+    /// MTU of the device.
+    pub(crate) mtu: u16,
+    /// This shard's share of the limits.
+    pub(crate) limits: Limits,
+    /// The way out.
+    pub(crate) dial: Dial,
+    /// Where outcomes of attempts go; they come back through [`Shard::connected`].
+    pub(crate) outcomes: UnboundedSender<(FlowId, Outcome)>,
+    /// What the upstream's state is told by.
+    pub(crate) health: Arc<Health>,
+    /// This shard's counters.
+    pub(crate) counters: Arc<Counters>,
+}
+
+/// The flows of one queue.
+pub(crate) struct Shard<Q> {
+    /// The device.
+    pub(crate) sender: Sender<Q>,
+    pub(super) ready: Arc<Ready>,
+    table: Table<Flow>,
+    pending: usize,
+    dirty: VecDeque<FlowId>,
+    woken: Vec<FlowId>,
+    /// Flows that could not send because the device would block.
+    stalled: Vec<FlowId>,
+    timers: Timers,
+    slab: Slab,
+    v4: Stack,
+    v6: Stack,
+    nobody: SocketSet<'static>,
+    unreachable: Bucket,
+    limits: Limits,
+    dial: Dial,
+    outcomes: UnboundedSender<(FlowId, Outcome)>,
+    health: Arc<Health>,
+    counters: Arc<Counters>,
+}
+
+struct Stack {
+    interface: Interface,
+    capabilities: DeviceCapabilities,
+}
+
+impl Stack {
+    fn new<Q: Queue>(sender: &mut Sender<Q>, mtu: u16, v6: bool, now: Instant) -> Self {
+        let capabilities = sender.framing().capabilities(mtu, v6);
+        let mut config = smoltcp::iface::Config::new(HardwareAddress::Ip);
+        // The hash of anything under a fresh random key: initial sequence numbers must not repeat between runs.
+        config.random_seed = RandomState::new().hash_one(v6);
+        let mut port = Port { packet: None, sender, capabilities: &capabilities, mss6: 0 };
+        let mut interface = Interface::new(config, &mut port, now);
+        // Takes packets for every address, without routes or addresses of its own.
+        interface.set_any_ip(true);
+        Self { interface, capabilities }
+    }
+
+    fn port<'a, Q: Queue>(
+        &'a mut self,
+        sender: &'a mut Sender<Q>,
+        packet: Option<&'a [u8]>,
+        mss6: u16,
+    ) -> (&'a mut Interface, Port<'a, Q>) {
+        (&mut self.interface, Port { packet, sender, capabilities: &self.capabilities, mss6 })
+    }
+}
+
+impl<Q: Queue> Shard<Q> {
+    /// A shard without flows.
+    ///
+    /// # Errors
+    /// mmap(2)'s for the rings.
+    pub(crate) fn new(mut parts: Parts<Q>, now: Instant) -> io::Result<Self> {
+        let v4 = Stack::new(&mut parts.sender, parts.mtu, false, now);
+        let v6 = Stack::new(&mut parts.sender, parts.mtu, true, now);
+        Ok(Self {
+            slab: Slab::new(parts.limits.ring.saturating_mul(2), parts.limits.flows)?,
+            sender: parts.sender,
+            ready: Arc::default(),
+            table: Table::default(),
+            pending: 0,
+            dirty: VecDeque::new(),
+            woken: Vec::new(),
+            stalled: Vec::new(),
+            timers: Timers::default(),
+            v4,
+            v6,
+            nobody: SocketSet::new(Vec::new()),
+            unreachable: Bucket::new(UNREACHABLE_RATE, now),
+            limits: parts.limits,
+            dial: parts.dial,
+            outcomes: parts.outcomes,
+            health: parts.health,
+            counters: parts.counters,
+        })
+    }
+
+    /// Takes in one frame of the device's.
+    pub(crate) fn frame(&mut self, now: Instant, frame: &[u8]) {
+        let Some((vouched_for, packet)) = self.sender.framing().split(frame) else {
+            self.counters.drop_malformed.increment();
+            return;
+        };
+        self.counters.packets_in.increment();
+        self.counters.bytes_in.add(packet.len() as u64);
+        match parse::parse(packet, vouched_for) {
+            Ok(Packet::Tcp(segment)) => self.segment(now, &segment),
+            Ok(Packet::Udp { packet, source, destination }) => {
+                if !self.unreachable.take(now) {
+                    self.counters.drop_udp_limit.increment();
+                } else if let Some(answer) = port_unreachable(packet, source, destination) {
+                    self.counters.udp_unreachable.increment();
+                    self.sender.send_packet(&answer);
+                }
+            }
+            Err(reason) => self.dropped(reason).increment(),
+        }
+    }
+
+    fn dropped(&self, reason: Reason) -> &crate::counters::Counter {
+        match reason {
+            Reason::Malformed => &self.counters.drop_malformed,
+            Reason::Checksum => &self.counters.drop_checksum,
+            Reason::Fragment => &self.counters.drop_fragment,
+            Reason::Multicast => &self.counters.drop_multicast,
+            Reason::Address => &self.counters.drop_address,
+            Reason::NotTcp => &self.counters.drop_not_tcp,
+        }
+    }
+
+    fn segment(&mut self, now: Instant, segment: &Segment<'_>) {
+        let Some(id) = self.table.find(&segment.tuple) else {
+            if segment.opens() {
+                self.open(now, segment);
+            } else if segment.flags & RST == 0 {
+                self.counters.unknown_flow.increment();
+                self.refuse(now, segment.packet, segment.tuple.is_v6());
+            }
+            return;
+        };
+        let Some(flow) = self.table.get_mut(id) else { return };
+        match &mut flow.stage {
+            Stage::Pending(pending) if segment.opens() => {
+                self.counters.syn_repeated.increment();
+                pending.asked_again(now);
+            }
+            Stage::Pending(_) => {
+                // Before a SYN-ACK nothing else than a RST makes sense.
+                if segment.flags & RST != 0 {
+                    self.counters.flows_cancelled.increment();
+                    self.remove(id);
+                }
+            }
+            Stage::Open(relay) if segment.opens() && relay.has_left() => {
+                self.table.detach(&segment.tuple);
+                self.mark(id);
+                self.open(now, segment);
+            }
+            Stage::Open(_) => self.ingress(now, id, segment.packet, segment.flags & RST != 0),
+        }
+    }
+
+    /// A program's first packet: asks the upstream, and answers when that has.
+    fn open(&mut self, now: Instant, segment: &Segment<'_>) {
+        let full = if self.table.len() - self.pending >= self.limits.flows {
+            Some(&self.counters.flows_refused_full)
+        } else if self.pending >= self.limits.pending {
+            Some(&self.counters.flows_refused_pending)
+        } else {
+            None
+        };
+        if let Some(counter) = full {
+            counter.increment();
+            self.refuse(now, segment.packet, segment.tuple.is_v6());
+            return;
+        }
+        let tuple = segment.tuple;
+        let (dial, outcomes) = (Arc::clone(&self.dial), self.outcomes.clone());
+        let id = self.table.insert(tuple, |id| {
+            let target = Target::Address(SocketAddr::new(tuple.destination, tuple.destination_port));
+            let attempt = tokio::spawn(async move {
+                let outcome = dial(target).await;
+                // Fails only when the shard is gone.
+                let _ = outcomes.send((id, outcome));
+            });
+            let pending = Pending::new(segment.without_payload(), attempt.abort_handle(), now);
+            Flow { tuple, since: now, armed: Default::default(), dirty: false, stage: Stage::Pending(pending) }
+        });
+        self.pending += 1;
+        self.arm(now, id);
+    }
+
+    /// The upstream answered the attempt of `id`.
+    pub(crate) fn connected(&mut self, now: Instant, id: FlowId, outcome: Outcome) {
+        let Some(flow) = self.table.get_mut(id) else {
+            self.record(outcome);
+            return;
+        };
+        let Stage::Pending(pending) = &mut flow.stage else { return };
+        let (syn, tuple) = (std::mem::take(&mut pending.syn), flow.tuple);
+        let counter = match &outcome {
+            Ok(_) => None,
+            Err(ConnectError::Local { .. }) => Some(&self.counters.flows_refused_no_socket),
+            Err(_) => Some(&self.counters.flows_refused),
+        };
+        let Some(tunnel) = self.record(outcome) else {
+            counter.inspect(|counter| counter.increment());
+            self.remove(id);
+            self.refuse(now, &syn, tuple.is_v6());
+            return;
+        };
+        let listening = Connection::listen(&self.slab, tuple.destination.into(), tuple.destination_port, timestamp);
+        let room = self.table.len() - self.pending < self.limits.flows;
+        let Some(mut connection) = listening.filter(|_| room) else {
+            self.counters.flows_refused_full.increment();
+            self.remove(id);
+            self.refuse(now, &syn, tuple.is_v6());
+            return;
+        };
+        connection.set_keep_alive(Some(KEEP_ALIVE));
+        self.pending -= 1;
+        self.counters.flows_opened.increment();
+        let waker = Arc::new(FlowWaker { flow: id, ready: Arc::clone(&self.ready) });
+        let mss = Segment { tuple, flags: 0, packet: &syn, headers: syn.len() }.mss().unwrap_or(DEFAULT_MSS).max(MIN_MSS);
+        if let Some(flow) = self.table.get_mut(id) {
+            flow.stage = Stage::Open(Box::new(Relay::new(connection, tunnel, mss, waker, now)));
+        }
+        self.ingress(now, id, &syn, false);
+    }
+
+    fn record(&self, outcome: Outcome) -> Option<Tunnel> {
+        match outcome {
+            Ok(tunnel) => {
+                self.health.record(Ok(&tunnel));
+                Some(tunnel)
+            }
+            Err(error) => {
+                tracing::debug!(error = &error as &dyn std::error::Error, "upstream refused");
+                self.health.record(Err(error));
+                None
+            }
+        }
+    }
+
+    fn ingress(&mut self, now: Instant, id: FlowId, packet: &[u8], reset: bool) {
+        let Some(flow) = self.table.get_mut(id) else { return };
+        if let Stage::Open(relay) = &mut flow.stage {
+            let stack = if flow.tuple.is_v6() { &mut self.v6 } else { &mut self.v4 };
+            let (interface, mut port) = stack.port(&mut self.sender, Some(packet), relay.mss);
+            relay.ingress(now, interface, &mut port, reset);
+        }
+        self.mark(id);
+    }
+
+    /// Answers `packet` with a RST: no socket wants it.
+    fn refuse(&mut self, now: Instant, packet: &[u8], v6: bool) {
+        let stack = if v6 { &mut self.v6 } else { &mut self.v4 };
+        let (interface, mut port) = stack.port(&mut self.sender, Some(packet), 0);
+        interface.poll_ingress_single(now, &mut port, &mut self.nobody);
+    }
+
+    /// Puts `id` on the list of flows to be looked at.
+    fn mark(&mut self, id: FlowId) {
+        if let Some(flow) = self.table.get_mut(id)
+            && !flow.dirty
+        {
+            flow.dirty = true;
+            self.dirty.push_back(id);
+        }
+    }
+
+    /// True when [`turn`](Self::turn) has work at once.
+    pub(crate) fn is_busy(&self) -> bool {
+        !self.dirty.is_empty()
+    }
+
+    /// The device takes packets again.
+    pub(crate) fn unblocked(&mut self) {
+        for id in std::mem::take(&mut self.stalled) {
+            self.mark(id);
+        }
+    }
+
+    /// Looks at every flow that has news: woken, expired, or fed. Each once.
+    pub(crate) fn turn(&mut self, now: Instant) {
+        let mut woken = std::mem::take(&mut self.woken);
+        self.ready.take(&mut woken);
+        for id in woken.drain(..) {
+            self.mark(id);
+        }
+        self.woken = woken;
+        while let Some((deadline, id)) = self.timers.expired(now) {
+            if self.table.get_mut(id).is_some_and(|flow| flow.armed.fired(deadline)) {
+                self.mark(id);
+            }
+        }
+        for _ in 0..self.dirty.len() {
+            let Some(id) = self.dirty.pop_front() else { break };
+            self.look_at(now, id);
+        }
+    }
+
+    fn look_at(&mut self, now: Instant, id: FlowId) {
+        let Some(flow) = self.table.get_mut(id) else { return };
+        flow.dirty = false;
+        match &mut flow.stage {
+            Stage::Pending(pending) if pending.deadline() <= now => {
+                self.counters.flows_cancelled.increment();
+                self.remove(id);
+            }
+            Stage::Pending(_) => self.arm(now, id),
+            Stage::Open(relay) => {
+                let stack = if flow.tuple.is_v6() { &mut self.v6 } else { &mut self.v4 };
+                let (interface, mut port) = stack.port(&mut self.sender, None, relay.mss);
+                match relay.pump(now, interface, &mut port, &self.counters) {
+                    Pumped::Over(end) => {
+                        self.count_end(end);
+                        self.remove(id);
+                    }
+                    Pumped::Again => self.mark(id),
+                    Pumped::Wait if self.sender.is_blocked() => self.stalled.push(id),
+                    Pumped::Wait => self.arm(now, id),
+                }
+            }
+        }
+    }
+
+    fn count_end(&self, end: End) {
+        match end {
+            End::Finished => {}
+            End::ResetByProgram => self.counters.flows_reset_by_program.increment(),
+            End::ResetByUpstream => self.counters.flows_reset_by_upstream.increment(),
+            End::TimedOut => self.counters.flows_timed_out.increment(),
+        }
+    }
+
+    fn arm(&mut self, now: Instant, id: FlowId) {
+        let Some(flow) = self.table.get_mut(id) else { return };
+        let deadline = match &flow.stage {
+            Stage::Pending(pending) => Some(pending.deadline()),
+            Stage::Open(relay) => {
+                let stack = if flow.tuple.is_v6() { &mut self.v6 } else { &mut self.v4 };
+                relay.deadline(now, &mut stack.interface)
+            }
+        };
+        if let Some(deadline) = deadline {
+            self.timers.arm(&mut flow.armed, id, deadline.max(now + TICK));
+        }
+    }
+
+    /// When [`turn`](Self::turn) must be called even if nothing happens.
+    pub(crate) fn next_deadline(&self) -> Option<Instant> {
+        self.timers.next()
+    }
+
+    fn remove(&mut self, id: FlowId) {
+        let Some(tuple) = self.table.get_mut(id).map(|flow| flow.tuple) else { return };
+        match self.table.remove(id, &tuple).map(|flow| flow.stage) {
+            Some(Stage::Pending(_)) => self.pending -= 1,
+            Some(Stage::Open(_)) => self.counters.flows_closed.increment(),
+            None => {}
+        }
+    }
+
+    /// Ends every flow with a RST to both sides.
+    pub(crate) fn abort_all(&mut self, now: Instant) {
+        let ids: Vec<_> = self.table.iter_mut().map(|(id, _)| id).collect();
+        for id in ids {
+            let Some(flow) = self.table.get_mut(id) else { continue };
+            let v6 = flow.tuple.is_v6();
+            match &mut flow.stage {
+                Stage::Pending(pending) => {
+                    let syn = std::mem::take(&mut pending.syn);
+                    // A device that is stuck does not get thousands of frames queued at the very end.
+                    if !self.sender.is_blocked() {
+                        self.refuse(now, &syn, v6);
+                    }
+                }
+                Stage::Open(relay) => {
+                    let stack = if v6 { &mut self.v6 } else { &mut self.v4 };
+                    let (interface, mut port) = stack.port(&mut self.sender, None, relay.mss);
+                    relay.abort(now, interface, &mut port);
+                }
+            }
+            self.remove(id);
+        }
+    }
+
+    /// At most `limit` flows, numbered so that they are unique among `shards` shards of which this is number `shard`.
+    pub(crate) fn flows(&mut self, now: Instant, limit: usize, shard: u64, shards: u64) -> Vec<FlowInfo> {
+        self.table
+            .iter_mut()
+            .take(limit)
+            .map(|(id, flow)| {
+                let (state, sent, received) = match &flow.stage {
+                    Stage::Pending(_) => ("SYN-SENT", 0, 0),
+                    Stage::Open(relay) => (state_name(relay.connection.state()), relay.sent, relay.received),
+                };
+                FlowInfo {
+                    id: id.generation * shards + shard,
+                    source: SocketAddr::new(flow.tuple.source, flow.tuple.source_port),
+                    destination: SocketAddr::new(flow.tuple.destination, flow.tuple.destination_port),
+                    state,
+                    sent,
+                    received,
+                    age: (now - flow.since).total_millis(),
+                }
+            })
+            .collect()
+    }
+}
+
+/// A token bucket.
+struct Bucket {
+    rate: u32,
+    tokens: u32,
+    filled: Instant,
+}
+
+impl Bucket {
+    fn new(rate: u32, now: Instant) -> Self {
+        Self { rate, tokens: rate, filled: now }
+    }
+
+    fn take(&mut self, now: Instant) -> bool {
+        let since = (now - self.filled).total_micros();
+        let earned = since.saturating_mul(u64::from(self.rate)) / 1_000_000;
+        if earned > 0 {
+            self.tokens = u32::try_from(earned).unwrap_or(self.rate).saturating_add(self.tokens).min(self.rate);
+            self.filled = now;
+        }
+        let some = self.tokens > 0;
+        self.tokens = self.tokens.saturating_sub(1);
+        some
+    }
+}
+
+/// Clock of TCP timestamps (RFC 7323 section 5.4), in milliseconds: one for all flows, so that it never runs backwards for a
+/// port that is used again.
+fn timestamp() -> u32 {
+    static START: OnceLock<std::time::Instant> = OnceLock::new();
+    let start = *START.get_or_init(std::time::Instant::now);
+    // Starts above 0, and wraps as the RFC has it.
+    (start.elapsed() + Duration::from_secs(1)).as_millis() as u32
+}

@@ -1,0 +1,154 @@
+//! One smoltcp TCP socket in a set of its own, on rings that lie in a slab.
+//!
+//! smoltcp wants `&'static mut` rings for a socket that is stored. The socket therefore never leaves this type: as long as
+//! nothing outside can take it out, the rings cannot outlive their block.
+
+use std::ptr::NonNull;
+
+use smoltcp::iface::{Interface, PollResult, SocketHandle, SocketSet};
+use smoltcp::phy::Device;
+use smoltcp::socket::tcp::{self, CongestionControl, RecvError, SocketBuffer, State};
+use smoltcp::time::{Duration, Instant};
+use smoltcp::wire::{IpAddress, IpListenEndpoint};
+
+use super::slab::{Block, Slab};
+
+/// A socket towards a program on this machine.
+#[derive(Debug)]
+pub(crate) struct Connection {
+    // Dropped before `block`: fields drop in order of declaration.
+    set: SocketSet<'static>,
+    handle: SocketHandle,
+    block: Block,
+}
+
+impl Connection {
+    /// A socket that listens for the SYN to `address:port`. `None` when the slab is empty or the port is 0.
+    pub(crate) fn listen(slab: &Slab, address: IpAddress, port: u16, clock: fn() -> u32) -> Option<Self> {
+        let block = slab.take()?;
+        let (start, length) = block.memory();
+        let (rx, tx) = halves(start, length);
+        let mut socket = tcp::Socket::new(SocketBuffer::new(rx), SocketBuffer::new(tx));
+        // The peer is this machine's kernel, on a device that loses nothing: no Nagle, no delayed ACK, no congestion window.
+        socket.set_nagle_enabled(false);
+        socket.set_ack_delay(None);
+        socket.set_congestion_control(CongestionControl::None);
+        // Without timestamps the kernel's quick reuse of a port fails.
+        socket.set_tsval_generator(Some(clock));
+        socket.listen(IpListenEndpoint { addr: Some(address), port }).ok()?;
+        let mut set = SocketSet::new(Vec::with_capacity(1));
+        let handle = set.add(socket);
+        Some(Self { set, handle, block })
+    }
+
+    fn socket(&self) -> &tcp::Socket<'static> {
+        self.set.get(self.handle)
+    }
+
+    fn socket_mut(&mut self) -> &mut tcp::Socket<'static> {
+        self.set.get_mut(self.handle)
+    }
+
+    /// Takes one packet from `device`.
+    pub(crate) fn ingress(&mut self, now: Instant, interface: &mut Interface, device: &mut impl Device) {
+        interface.poll_ingress_single(now, device, &mut self.set);
+    }
+
+    /// Sends at most one packet; true when one was sent, so that there may be more.
+    pub(crate) fn egress(&mut self, now: Instant, interface: &mut Interface, device: &mut impl Device) -> bool {
+        interface.poll_egress(now, device, &mut self.set) == PollResult::SocketStateChanged
+    }
+
+    /// When [`egress`](Self::egress) must be called next.
+    pub(crate) fn poll_at(&self, now: Instant, interface: &mut Interface) -> Option<Instant> {
+        interface.poll_at(now, &self.set)
+    }
+
+    /// TCP state.
+    pub(crate) fn state(&self) -> State {
+        self.socket().state()
+    }
+
+    /// True until the last packet (such as the RST of an abort) has been sent.
+    pub(crate) fn has_peer(&self) -> bool {
+        self.socket().remote_endpoint().is_some()
+    }
+
+    /// Bytes of the program that wait to be taken.
+    pub(crate) fn receive_queue(&self) -> usize {
+        self.socket().recv_queue()
+    }
+
+    /// Bytes that the program has not acknowledged.
+    pub(crate) fn send_queue(&self) -> usize {
+        self.socket().send_queue()
+    }
+
+    /// True until the FIN towards the program is on its way.
+    pub(crate) fn may_send(&self) -> bool {
+        self.socket().may_send()
+    }
+
+    /// True when the program still takes data and the ring towards it has room.
+    pub(crate) fn can_send(&self) -> bool {
+        self.socket().can_send()
+    }
+
+    /// True when the program has sent its FIN and all before it was taken.
+    pub(crate) fn finished(&mut self) -> bool {
+        matches!(self.socket_mut().recv(|_| (0, ())), Err(RecvError::Finished))
+    }
+
+    /// Hands `f` a run of the program's bytes; it says how many it took. `None` when there are none.
+    pub(crate) fn receive<R>(&mut self, f: impl FnOnce(&[u8]) -> (usize, R)) -> Option<R> {
+        if self.receive_queue() == 0 {
+            return None;
+        }
+        self.socket_mut().recv(|bytes| f(bytes)).ok()
+    }
+
+    /// Hands `f` free room towards the program; it says how many bytes it put there. `None` when there is no room.
+    pub(crate) fn send<R>(&mut self, f: impl FnOnce(&mut [u8]) -> (usize, R)) -> Option<R> {
+        if !self.can_send() {
+            return None;
+        }
+        self.socket_mut().send(|bytes| f(bytes)).ok()
+    }
+
+    /// Sends a FIN after what is queued.
+    pub(crate) fn close(&mut self) {
+        self.socket_mut().close();
+    }
+
+    /// Sends a RST at the next [`egress`](Self::egress).
+    pub(crate) fn abort(&mut self) {
+        self.socket_mut().abort();
+    }
+
+    /// Probes an idle program this often: the kernel answers with a RST when the program is gone.
+    pub(crate) fn set_keep_alive(&mut self, interval: Option<Duration>) {
+        self.socket_mut().set_keep_alive(interval);
+    }
+
+    /// Gives the memory of the ring towards the program back if it is empty; it is backed again when touched. (The other ring
+    /// may hold segments that came out of order, which cannot be seen from here.)
+    pub(crate) fn discard_send_ring(&mut self) {
+        if self.send_queue() == 0 {
+            self.block.discard_second_half();
+        }
+    }
+}
+
+/// Two rings of half the block each.
+fn halves(start: NonNull<u8>, length: usize) -> (&'static mut [u8], &'static mut [u8]) {
+    let half = length / 2;
+    // SAFETY: `start..start + length` is one block: mapped, initialised (zeroes), and nobody else's while the block lives. The
+    // two slices do not overlap. `'static` stands for "as long as the block": both slices go into the socket of the
+    // `Connection` that owns the block, and that never lets the socket out and drops it first.
+    unsafe {
+        (
+            std::slice::from_raw_parts_mut(start.as_ptr(), half),
+            std::slice::from_raw_parts_mut(start.as_ptr().add(half), half),
+        )
+    }
+}
