@@ -107,11 +107,6 @@ impl<Q: Queue> Sender<Q> {
         Self { queue, framing, frame, waiting: VecDeque::new(), lost: None, counters }
     }
 
-    /// The queue.
-    pub(crate) fn queue(&self) -> &Q {
-        &self.queue
-    }
-
     /// What stands in front of packets.
     pub(crate) fn framing(&self) -> Framing {
         self.framing

@@ -1,13 +1,12 @@
 //! The engine as its controller sees it: threads, one per queue.
 
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::thread::JoinHandle;
 
 use smoltcp::time::Instant;
-use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 use tokio::runtime::{Builder, Runtime};
 use tokio::sync::{mpsc, oneshot};
@@ -18,8 +17,8 @@ use crate::device::{Framing, Sender};
 use crate::event::{Event, FlowInfo};
 use crate::health::Health;
 use crate::shard::core::{Dial, Parts, Shard};
-use crate::shard::run::{Inputs, Request, TunQueue, run};
-use crate::sys::queue_flags;
+use crate::shard::run::{Inputs, Request, run};
+use crate::sys::TunQueue;
 
 /// The most flows that [`Engine::flows`] tells.
 const MAX_LISTED: usize = 10_000;
@@ -164,26 +163,23 @@ struct Setup {
 
 impl Setup {
     fn spawn(self, queue: OwnedFd) -> Result<Handle, StartError> {
-        let flags = queue_flags(queue.as_fd()).map_err(StartError::NotTun)?;
+        let queue = Arc::new(queue);
+        let tun = TunQueue::new(Arc::clone(&queue));
+        let flags = tun.flags().map_err(StartError::NotTun)?;
         if flags & libc::IFF_TUN == 0 {
             return Err(StartError::NotTun(io::Error::from_raw_os_error(libc::EINVAL)));
         }
         let framing = if flags & libc::IFF_VNET_HDR == 0 { Framing::Bare } else { Framing::Vnet };
-        let status = rustix::fs::fcntl_getfl(&queue).map_err(|error| StartError::NotTun(error.into()))?;
-        rustix::fs::fcntl_setfl(&queue, status | rustix::fs::OFlags::NONBLOCK)
-            .map_err(|error| StartError::NotTun(error.into()))?;
-        let queue = Arc::new(queue);
         let runtime = Builder::new_current_thread().enable_all().build().map_err(StartError::Watch)?;
         let watched = {
             let _context = runtime.enter();
-            let interest = Interest::READABLE | Interest::WRITABLE | Interest::ERROR;
-            AsyncFd::with_interest(TunQueue(Arc::clone(&queue)), interest).map_err(StartError::Watch)?
+            tun.watch().map_err(StartError::Watch)?
         };
         let counters = Arc::<Counters>::default();
         let (requests, requested) = mpsc::channel(4);
         let (ending, ended) = oneshot::channel();
         let (starting, started) = std::sync::mpsc::sync_channel(1);
-        let sender = Sender::new(watched.get_ref().clone(), framing, Arc::clone(&counters));
+        let sender = Sender::new(tun, framing, Arc::clone(&counters));
         let shard_counters = Arc::clone(&counters);
         let name = format!("engine-{}", self.number.0);
         let main = move || {

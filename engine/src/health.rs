@@ -60,14 +60,11 @@ impl Health {
     }
 }
 
-/// Any answer about a destination shows that the upstream works.
+/// Any answer about a destination shows that the upstream works; what never reached it shows nothing.
 fn sign(error: &ConnectError) -> Sign {
     match error {
-        ConnectError::Unreachable { .. }
-        | ConnectError::Silent { .. }
-        | ConnectError::Authentication { .. }
-        | ConnectError::Protocol { .. } => Sign::Bad,
+        error if error.is_upstream() => Sign::Bad,
         ConnectError::Refused { .. } | ConnectError::Destination { .. } => Sign::Good,
-        ConnectError::Local { .. } | ConnectError::Forbidden(_) => Sign::None,
+        _ => Sign::None,
     }
 }

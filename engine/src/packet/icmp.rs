@@ -63,8 +63,7 @@ mod tests {
     fn a_v4_answer_is_well_formed_and_quotes_the_packet() {
         let mut original = vec![0x45, 0, 0x05, 0xdc, 0, 0, 0, 0, 64, 17, 0, 0, 10, 0, 0, 1, 192, 0, 2, 9];
         original.resize(1500, 0xaa);
-        let answer =
-            port_unreachable(&original, "10.0.0.1".parse().unwrap(), "192.0.2.9".parse().unwrap()).unwrap();
+        let answer = port_unreachable(&original, "10.0.0.1".parse().unwrap(), "192.0.2.9".parse().unwrap()).unwrap();
         assert_eq!(answer.len(), 576);
         let ip = Ipv4Packet::new_checked(&answer[..]).unwrap();
         let repr = Ipv4Repr::parse(&ip, &ChecksumCapabilities::default()).unwrap();

@@ -18,7 +18,7 @@ use tokio::sync::mpsc::UnboundedSender;
 use super::ready::{FlowWaker, Ready};
 use crate::config::Limits;
 use crate::counters::Counters;
-use crate::device::{Framing, Port, Queue, Sender};
+use crate::device::{Port, Queue, Sender};
 use crate::event::FlowInfo;
 use crate::flow::{Flow, Pending, Stage, state_name};
 use crate::health::Health;
@@ -274,7 +274,8 @@ impl<Q: Queue> Shard<Q> {
         self.pending -= 1;
         self.counters.flows_opened.increment();
         let waker = Arc::new(FlowWaker { flow: id, ready: Arc::clone(&self.ready) });
-        let mss = Segment { tuple, flags: 0, packet: &syn, headers: syn.len() }.mss().unwrap_or(DEFAULT_MSS).max(MIN_MSS);
+        let mss =
+            Segment { tuple, flags: 0, packet: &syn, headers: syn.len() }.mss().unwrap_or(DEFAULT_MSS).max(MIN_MSS);
         if let Some(flow) = self.table.get_mut(id) {
             flow.stage = Stage::Open(Box::new(Relay::new(connection, tunnel, mss, waker, now)));
         }

@@ -8,5 +8,3 @@
 pub(crate) mod core;
 mod ready;
 pub(crate) mod run;
-#[cfg(test)]
-mod tests;

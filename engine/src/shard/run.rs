@@ -3,9 +3,7 @@
 
 use std::future::poll_fn;
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
 use std::pin::pin;
-use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
@@ -18,7 +16,7 @@ use tokio::sync::oneshot;
 use super::core::{Outcome, Shard};
 use crate::device::{MAX_FRAME, Queue, is_lost};
 use crate::event::{Event, FlowInfo};
-use crate::sys::queue_flags;
+use crate::sys::TunQueue;
 use crate::table::FlowId;
 
 /// Packets, and outcomes of attempts, that are taken in before the flows get their turn.
@@ -45,28 +43,6 @@ pub(crate) struct Inputs {
     pub(crate) events: Sender<Event>,
     /// Number of this shard, and of all.
     pub(crate) number: (u64, u64),
-}
-
-/// One queue of a TUN device.
-#[derive(Debug, Clone)]
-pub(crate) struct TunQueue(pub(crate) Arc<OwnedFd>);
-
-impl Queue for TunQueue {
-    fn read(&self, frame: &mut [u8]) -> io::Result<usize> {
-        Ok(rustix::io::read(&self.0, frame)?)
-    }
-
-    fn write(&self, frame: &[u8]) -> io::Result<()> {
-        // A TUN queue takes a frame whole or not at all.
-        rustix::io::write(&self.0, frame)?;
-        Ok(())
-    }
-}
-
-impl std::os::fd::AsRawFd for TunQueue {
-    fn as_raw_fd(&self) -> std::os::fd::RawFd {
-        self.0.as_raw_fd()
-    }
 }
 
 /// Why the loop ended.
@@ -208,7 +184,7 @@ async fn gone(queue: &AsyncFd<TunQueue>) -> io::Error {
             Ok(guard) => guard,
             Err(error) => return error,
         };
-        match queue_flags(queue.get_ref().0.as_fd()) {
+        match queue.get_ref().flags() {
             Err(error) if is_lost(&error) => return error,
             _ => guard.clear_ready(),
         }

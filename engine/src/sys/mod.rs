@@ -7,4 +7,4 @@ mod tun;
 
 pub(crate) use connection::Connection;
 pub(crate) use slab::Slab;
-pub(crate) use tun::queue_flags;
+pub(crate) use tun::TunQueue;

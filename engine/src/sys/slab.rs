@@ -55,7 +55,7 @@ impl Slab {
     }
 
     /// Takes a zeroed block, or `None` when all are out.
-    pub(crate) fn take(&self) -> Option<Block> {
+    pub(super) fn take(&self) -> Option<Block> {
         let mut free = self.0.free.borrow_mut();
         let index = match free.returned.pop() {
             Some(index) => index,

@@ -1,0 +1,259 @@
+//! Two network namespaces: `app` with the TUN device, the engine and the programs; `net` with the servers. Programs reach
+//! 10.88.0.0/16 and fd88::/64 through the device only, the engine's marked sockets through the wire only.
+
+#![allow(unreachable_pub, dead_code, reason = "a module of each test program, not all of which use all of it")]
+
+use std::io::{self, Read, Write};
+use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream};
+use std::os::fd::{AsFd, FromRawFd, IntoRawFd, OwnedFd};
+use std::process::Command;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use proxyvpn_engine::Engine;
+use proxyvpn_engine::config::{Config, Limits};
+use proxyvpn_engine::event::Event;
+use proxyvpn_engine::upstream::{Connector, Upstream};
+use tokio::sync::mpsc::Receiver;
+
+/// An IPv4 address of every server.
+pub const V4: &str = "10.88.0.1";
+/// An IPv6 address of every server.
+pub const V6: &str = "fd88::1";
+
+const MARK: u32 = 0x77;
+
+pub struct Lab {
+    app: String,
+    net: String,
+}
+
+/// An engine on a device of the lab, and the runtime that its controller lives on.
+pub struct Running {
+    pub runtime: tokio::runtime::Runtime,
+    pub engine: Engine,
+    pub events: Receiver<Event>,
+}
+
+fn run(program: &str, args: &[&str]) {
+    let output = Command::new(program).args(args).output().unwrap();
+    assert!(output.status.success(), "{program} {args:?}: {}", String::from_utf8_lossy(&output.stderr));
+}
+
+impl Lab {
+    pub fn new() -> Self {
+        assert_eq!(
+            std::env::var("PROXYVPN_PRIVILEGED_TESTS").as_deref(),
+            Ok("1"),
+            "refused: run by scripts/test-privileged.sh, or set PROXYVPN_PRIVILEGED_TESTS=1"
+        );
+        static NUMBER: AtomicU32 = AtomicU32::new(0);
+        let name = format!("pv-engine-{}-{}", std::process::id(), NUMBER.fetch_add(1, Ordering::Relaxed));
+        let lab = Self { app: format!("{name}-app"), net: format!("{name}-net") };
+        run("ip", &["netns", "add", &lab.app]);
+        run("ip", &["netns", "add", &lab.net]);
+        lab.net("link add va type veth peer name vb netns PEER");
+        for (ns, device, v4, v6) in
+            [(&lab.net, "va", "10.77.0.2/24", "fd77::2/64"), (&lab.app, "vb", "10.77.0.1/24", "fd77::1/64")]
+        {
+            run(
+                "ip",
+                &[
+                    "netns",
+                    "exec",
+                    ns,
+                    "sysctl",
+                    "-qw",
+                    "net.ipv4.conf.all.rp_filter=0",
+                    "net.ipv4.conf.default.rp_filter=0",
+                ],
+            );
+            ip(ns, "link set lo up");
+            ip(ns, &format!("addr add {v4} dev {device}"));
+            ip(ns, &format!("addr add {v6} dev {device} nodad"));
+            ip(ns, &format!("link set {device} up"));
+        }
+        lab.net("route add local 10.88.0.0/16 dev lo");
+        lab.net("-6 route add local fd88::/64 dev lo");
+        for (family, destination, via) in [("-4", "10.88.0.0/16", "10.77.0.2"), ("-6", "fd88::/64", "fd77::2")] {
+            ip(&lab.app, &format!("{family} rule add pref 10 fwmark {MARK} lookup 100"));
+            ip(&lab.app, &format!("{family} route add {destination} via {via} table 100"));
+        }
+        lab
+    }
+
+    fn net(&self, command: &str) {
+        ip(&self.net, &command.replace("PEER", &self.app));
+    }
+
+    /// Runs `ip` among the programs.
+    pub fn app(&self, command: &str) {
+        ip(&self.app, command);
+    }
+
+    /// Runs `f` on a thread among the programs.
+    pub fn program<T: Send + 'static>(&self, f: impl FnOnce() -> T + Send + 'static) -> JoinHandle<T> {
+        inside(&self.app, f)
+    }
+
+    /// Runs `serve` for each connection to `port` in `net`, on the addresses [`V4`] and [`V6`].
+    pub fn serve(&self, port: u16, serve: impl Fn(TcpStream) + Send + Sync + 'static) {
+        let listener = inside(&self.net, move || TcpListener::bind(("::", port)).unwrap()).join().unwrap();
+        let serve = Arc::new(serve);
+        std::thread::spawn(move || {
+            for stream in listener.incoming() {
+                let serve = Arc::clone(&serve);
+                let stream = stream.unwrap();
+                std::thread::spawn(move || serve(stream));
+            }
+        });
+    }
+
+    /// Starts an engine that connects directly.
+    pub fn start(&self, mtu: u16) -> Running {
+        self.start_with(mtu, true, Limits::default())
+    }
+
+    pub fn start_with(&self, mtu: u16, offload: bool, limits: Limits) -> Running {
+        let running = inside(&self.app, move || {
+            let device = tun_rs::DeviceBuilder::new().name("pvpn0").mtu(mtu).offload(offload).build_sync().unwrap();
+            let queue = owned(device);
+            let connector = Connector {
+                upstream: Upstream::Direct,
+                mark: Some(MARK),
+                timeout: Duration::from_secs(10),
+                refused: Vec::new(),
+            };
+            let config = Config { mtu, limits, connector: Arc::new(connector) };
+            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+            let (sender, events) = tokio::sync::mpsc::channel(8);
+            let engine = Engine::start(vec![queue], config, sender).unwrap();
+            Running { runtime, engine, events }
+        });
+        let running = running.join().unwrap();
+        self.app("link set pvpn0 up txqueuelen 10000");
+        self.app("addr add 10.66.0.1/30 dev pvpn0");
+        self.app("addr add fd66::1/64 dev pvpn0 nodad");
+        self.app("route add 10.88.0.0/16 dev pvpn0");
+        self.app("-6 route add fd88::/64 dev pvpn0");
+        running
+    }
+}
+
+impl Drop for Lab {
+    fn drop(&mut self) {
+        for name in [&self.app, &self.net] {
+            let _ = Command::new("ip").args(["netns", "del", name]).status();
+        }
+    }
+}
+
+impl Running {
+    pub fn counter(&self, name: &str) -> u64 {
+        self.engine.counters().into_iter().find(|(known, _)| *known == name).unwrap().1
+    }
+
+    pub fn counters(&self) -> String {
+        let counters = self.engine.counters();
+        counters.iter().filter(|(_, n)| *n > 0).map(|(name, n)| format!("{name}={n} ")).collect()
+    }
+
+    /// Waits until the engine has no flow left.
+    pub fn wait_until_empty(&self) {
+        wait_until("every flow is gone", || self.runtime.block_on(self.engine.flows()).is_empty());
+        assert_eq!(self.counter("flows-opened"), self.counter("flows-closed"), "{}", self.counters());
+    }
+
+    /// Stops the engine and gives the queues back.
+    pub fn stop(self) -> Vec<OwnedFd> {
+        self.runtime.block_on(self.engine.stop())
+    }
+}
+
+pub fn wait_until(what: &str, mut condition: impl FnMut() -> bool) {
+    let end = Instant::now() + Duration::from_secs(10);
+    while !condition() {
+        assert!(Instant::now() < end, "not within 10 s: {what}");
+        std::thread::sleep(Duration::from_millis(10));
+    }
+}
+
+fn ip(ns: &str, command: &str) {
+    let args: Vec<_> = ["-n", ns].into_iter().chain(command.split(' ')).collect();
+    run("ip", &args);
+}
+
+fn inside<T: Send + 'static>(ns: &str, f: impl FnOnce() -> T + Send + 'static) -> JoinHandle<T> {
+    let ns = std::fs::File::open(format!("/run/netns/{ns}")).unwrap();
+    std::thread::spawn(move || {
+        rustix::thread::move_into_link_name_space(ns.as_fd(), Some(rustix::thread::LinkNameSpaceType::Network))
+            .unwrap();
+        f()
+    })
+}
+
+#[allow(unsafe_code, reason = "tun-rs gives its descriptor away as a number only")]
+fn owned(device: tun_rs::SyncDevice) -> OwnedFd {
+    // SAFETY: `into_raw_fd` gives up ownership of an open descriptor.
+    unsafe { OwnedFd::from_raw_fd(device.into_raw_fd()) }
+}
+
+pub fn connect(address: &str, port: u16) -> io::Result<TcpStream> {
+    let address: IpAddr = address.parse().unwrap();
+    let stream = TcpStream::connect_timeout(&SocketAddr::new(address, port), Duration::from_secs(10))?;
+    stream.set_read_timeout(Some(Duration::from_secs(30)))?;
+    stream.set_write_timeout(Some(Duration::from_secs(30)))?;
+    Ok(stream)
+}
+
+/// Bytes that repeat only after a long time, so that lost, doubled or swapped ones show.
+pub struct Pattern(u64);
+
+impl Pattern {
+    pub fn new() -> Self {
+        Self(0x9e37_79b9_7f4a_7c15)
+    }
+
+    pub fn fill(&mut self, bytes: &mut [u8]) {
+        for chunk in bytes.chunks_mut(8) {
+            self.0 ^= self.0 << 13;
+            self.0 ^= self.0 >> 7;
+            self.0 ^= self.0 << 17;
+            chunk.copy_from_slice(&self.0.to_le_bytes()[..chunk.len()]);
+        }
+    }
+}
+
+const CHUNK: usize = 64 * 1024;
+
+/// Writes `length` (a multiple of 64 KiB) bytes of the pattern.
+pub fn write_pattern(mut stream: &TcpStream, length: usize) -> io::Result<()> {
+    let (mut pattern, mut chunk) = (Pattern::new(), vec![0; CHUNK]);
+    for _ in 0..length / CHUNK {
+        pattern.fill(&mut chunk);
+        stream.write_all(&chunk)?;
+    }
+    Ok(())
+}
+
+/// Reads until the end and compares; gives the number of bytes.
+pub fn read_pattern(mut stream: &TcpStream) -> io::Result<usize> {
+    let (mut pattern, mut chunk, mut expected, mut total) = (Pattern::new(), vec![0; CHUNK], vec![0; CHUNK], 0);
+    loop {
+        let mut filled = 0;
+        while filled < CHUNK {
+            match stream.read(&mut chunk[filled..])? {
+                0 => break,
+                n => filled += n,
+            }
+        }
+        pattern.fill(&mut expected);
+        assert_eq!(chunk[..filled], expected[..filled], "wrong bytes in the 64 KiB after {total}");
+        total += filled;
+        if filled < CHUNK {
+            return Ok(total);
+        }
+    }
+}
