@@ -4,5 +4,9 @@
 #![cfg(feature = "privileged-tests")]
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, missing_docs, reason = "tests")]
 
+mod choice;
+mod connections;
+mod probes;
 mod state;
+mod wire;
 mod world;

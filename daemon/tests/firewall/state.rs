@@ -106,3 +106,41 @@ fn removing_leaves_what_was_there_before() {
         });
     }
 }
+
+#[test]
+#[ignore = "needs root and makes network namespaces"]
+fn nft_accepts_the_script_of_each_state() {
+    opted_in();
+    let world = World::new();
+    world.host.run(|| {
+        let before = ruleset();
+        for desired in states() {
+            let script = compile(&desired, &sessions()).script();
+            sh(&format!("nft -c -f - <<'END'\n{script}\nEND"));
+            // Anti-test: the check does check.
+            let broken = script.replace("ct state new", "ct state never");
+            if broken != script {
+                sh(&format!("! nft -c -f - 2>/dev/null <<'END'\n{broken}\nEND"));
+            }
+        }
+        assert_eq!(ruleset(), before);
+    });
+}
+
+#[test]
+#[ignore = "needs root and makes network namespaces"]
+fn each_backend_removes_what_another_made() {
+    opted_in();
+    let world = World::new();
+    world.host.run(|| {
+        sh(OTHERS);
+        let before = ruleset();
+        for maker in backends() {
+            for remover in backends() {
+                maker.apply(&compile(&desired(), &sessions())).unwrap();
+                remover.remove().unwrap();
+                assert_eq!(ruleset(), before, "made by {}, removed by {}", maker.name(), remover.name());
+            }
+        }
+    });
+}
