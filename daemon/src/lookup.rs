@@ -92,7 +92,7 @@ pub enum LookupError {
         /// Who was asked.
         resolvers: String,
         /// Why.
-        source: Box<NetError>,
+        source: io::Error,
     },
     /// No marked socket: CAP_NET_ADMIN is missing.
     #[error("cannot open a marked socket for DNS")]
@@ -145,41 +145,45 @@ impl Lookup<'_> {
         }
         // Told apart here: the library would try ten times and call it something else.
         marked::probe(self.mark).map_err(LookupError::Socket)?;
-        let silent = || LookupError::Silent {
-            host: host.to_owned(),
-            resolvers: join(self.resolvers),
-            seconds: self.timeout.as_secs().max(1),
-        };
-        tokio::time::timeout(self.timeout, self.ask(host)).await.unwrap_or_else(|_| Err(silent())).map_err(|error| {
-            match error {
-                LookupError::Unreachable { source, .. } if is_silence(&source) => silent(),
-                other => other,
+        let provider = MarkedProvider::new(self.mark);
+        let answer = tokio::time::timeout(self.timeout, self.ask(host, &provider)).await;
+        let (host, resolvers) = (host.to_owned(), join(self.resolvers));
+        Err(match answer.unwrap_or(Err(NetError::Timeout)) {
+            Ok(addresses) if addresses.is_empty() => LookupError::NoAddress { host, resolvers },
+            Ok(addresses) => return Ok(addresses),
+            Err(error) if error.is_nx_domain() => LookupError::NoSuchName { host, resolvers },
+            Err(NetError::Dns(DnsError::NoRecordsFound(no))) => match no.response_code {
+                ResponseCode::NoError => LookupError::NoAddress { host, resolvers },
+                code => LookupError::Refused { host, resolvers, answer: code.to_string() },
+            },
+            Err(NetError::Dns(DnsError::ResponseCode(code))) => {
+                LookupError::Refused { host, resolvers, answer: code.to_string() }
+            }
+            Err(error) if is_silence(&error) => {
+                LookupError::Silent { host, resolvers, seconds: self.timeout.as_secs().max(1) }
+            }
+            Err(error) => {
+                let source = provider.fault().unwrap_or_else(|| io::Error::other(error));
+                LookupError::Unreachable { host, resolvers, source }
             }
         })
     }
 
     /// Goes through the search list. Each name is asked for both families before the next one: addresses of two names
     /// must not be mixed.
-    async fn ask(&self, host: &str) -> Result<Vec<IpAddr>, LookupError> {
-        let resolver = self.resolver().map_err(|error| self.error(host, error))?;
-        let mut first = None;
+    async fn ask(&self, host: &str, provider: &MarkedProvider) -> Result<Vec<IpAddr>, NetError> {
+        let resolver = self.resolver(provider.clone())?;
+        // "No address" tells more than "no such name" of a name with a search domain behind it.
+        let mut no = None;
         for name in candidates(host, self.conf) {
             match self.both(&resolver, &name).await {
-                Ok(addresses) if addresses.is_empty() => {}
-                Ok(addresses) => return Ok(addresses),
-                // "No address" tells more than "no such name" of a name with a search domain behind it.
-                Err(error) if error.is_no_records_found() => {
-                    if first.is_none() || !error.is_nx_domain() {
-                        first = Some(error);
-                    }
-                }
-                Err(error) => return Err(self.error(host, error)),
+                Ok(addresses) if addresses.is_empty() => no = Some(Ok(addresses)),
+                Err(error) if error.is_nx_domain() => no = no.or(Some(Err(error))),
+                Err(error) if error.is_no_records_found() => no = Some(Err(error)),
+                other => return other,
             }
         }
-        Err(match first {
-            Some(error) => self.error(host, error),
-            None => LookupError::NoAddress { host: host.to_owned(), resolvers: join(self.resolvers) },
-        })
+        no.unwrap_or(Ok(Vec::new()))
     }
 
     async fn both(&self, resolver: &Resolver<MarkedProvider>, name: &str) -> Result<Vec<IpAddr>, NetError> {
@@ -218,7 +222,7 @@ impl Lookup<'_> {
         Ok(addresses)
     }
 
-    fn resolver(&self) -> Result<Resolver<MarkedProvider>, NetError> {
+    fn resolver(&self, provider: MarkedProvider) -> Result<Resolver<MarkedProvider>, NetError> {
         let connection = |mut config: ConnectionConfig| {
             config.port = self.port;
             config
@@ -228,32 +232,13 @@ impl Lookup<'_> {
             NameServerConfig::new(ip, true, connections)
         });
         let config = ResolverConfig::from_name_servers(servers.collect());
-        let mut builder = Resolver::builder_with_config(config, MarkedProvider::new(self.mark));
+        let mut builder = Resolver::builder_with_config(config, provider);
         let ResolverOpts { timeout, attempts, use_hosts_file, server_ordering_strategy, .. } = builder.options_mut();
         *timeout = (self.timeout / 4).min(MAX_TRY);
         *attempts = 2;
         *use_hosts_file = ResolveHosts::Never;
         *server_ordering_strategy = ServerOrderingStrategy::UserProvidedOrder;
         builder.build()
-    }
-
-    fn error(&self, host: &str, error: NetError) -> LookupError {
-        let (host, resolvers) = (host.to_owned(), join(self.resolvers));
-        match error {
-            NetError::Dns(DnsError::NoRecordsFound(no)) if no.response_code == ResponseCode::NXDomain => {
-                LookupError::NoSuchName { host, resolvers }
-            }
-            NetError::Dns(DnsError::NoRecordsFound(no)) if no.response_code == ResponseCode::NoError => {
-                LookupError::NoAddress { host, resolvers }
-            }
-            NetError::Dns(DnsError::NoRecordsFound(no)) => {
-                LookupError::Refused { host, resolvers, answer: no.response_code.to_string() }
-            }
-            NetError::Dns(DnsError::ResponseCode(code)) => {
-                LookupError::Refused { host, resolvers, answer: code.to_string() }
-            }
-            other => LookupError::Unreachable { host, resolvers, source: Box::new(other) },
-        }
     }
 }
 
