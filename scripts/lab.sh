@@ -10,6 +10,7 @@
 #   lab.sh exec app|net[:USER] CMD  run a command in it
 #   lab.sh daemon [--root] [ARG...] start proxyvpnd in app as its own user with nothing but CAP_NET_ADMIN (or as root); waits for READY
 #   lab.sh daemon-stop [SIGNAL]     end it (TERM)
+#   lab.sh service stop|start NAME  kill and restart a server of net: squid, tinyproxy, web, dnsmasq, sshd
 #   lab.sh wire FILTER              print what the sniffer saw and FILTER (pcap-filter(7)) matches
 #   lab.sh state                    rules, routes, nft, links, addresses, sysctls of app as text
 #   lab.sh down                     end it and leave nothing
@@ -34,8 +35,8 @@ lab_pid() { cat "$LAB/$1.pid" 2>/dev/null || die "no lab '$PVLAB_ID' is up"; }
 
 # lab_exec app|net[:USER] CMD...
 lab_exec() {
-  local machine=${1%%:*} user=; shift_from=$1; shift
-  [ "$shift_from" = "$machine" ] || user=${shift_from#*:}
+  local where=$1 machine=${1%%:*} user=''; shift
+  [ "$where" = "$machine" ] || user=${where#*:}
   local pid; pid=$(lab_pid "$machine") || exit 1
   local enter=(nsenter -t "$pid" -m -n -p --)
   if [ -n "$user" ]; then
@@ -107,7 +108,7 @@ lab_up() {
   esac; done
   need_root
   [ ! -e "$LAB/net.outer" ] || lab_down
-  rm -rf "$LAB"; mkdir -p "$LAB"/{bin,home,logs,stage}; chmod 755 "$LAB"
+  rm -rf "$LAB"; mkdir -p "$LAB"/{bin,home,logs,services,stage}; chmod 755 "$LAB"
   if [ -z "$stage" ]; then # enough for the bus to start
     stage=$LAB/stage; mkdir -p "$stage"/usr/{share/dbus-1,share/polkit-1,libexec}
   elif [ -x "$stage/usr/bin/proxyctl" ]; then cp "$stage/usr/bin/proxyctl" "$LAB/bin/"; fi
@@ -122,10 +123,13 @@ lab_up() {
 }
 
 # ---- inside net ----
-as_daemon() { # as_daemon NAME CMD...: in the background of this machine, output to a log
+as_daemon() { # as_daemon NAME CMD...: in the background of this machine, output to a log; 'lab.sh service' can end and start it
   local name=$1; shift
-  setsid "$@" </dev/null >"$LAB/logs/$name.log" 2>&1 &
+  printf '%q ' "$@" >"$LAB/services/$name"
+  setsid "$@" </dev/null >>"$LAB/logs/$name.log" 2>&1 &
+  echo $! >"$LAB/services/$name.pid"
 }
+stay() { sleep infinity & while :; do wait; done; } # number 1 of the machine: takes in what others leave behind
 own_run_and_etc() {
   mount -t tmpfs -o mode=755 tmpfs /run
   mkdir -p /run/pvlab/{upper,work} /run/sshd
@@ -209,7 +213,7 @@ CONF
   up() { listening 22 53 80 443 3128 8888 7 && [ -s "$LAB/wire.pcap" ]; }
   wait_for 15 up || { echo "not all servers listen:"; ss -Htln; tail -n 5 "$LAB"/logs/*.log; : >"$LAB/net.failed"; exit 1; }
   : >"$LAB/net.ready"
-  exec sleep infinity
+  stay
 }
 
 # ---- inside app (on the private bus) ----
@@ -243,7 +247,28 @@ RULES
   up() { listening 22; }
   wait_for 10 up || { : >"$LAB/app.failed"; exit 1; }
   : >"$LAB/app.ready"
-  exec sleep infinity
+  stay
+}
+
+# lab_service stop|start NAME [PORT]: a server of net; with PORT waits until it listens
+lab_service() {
+  local verb=$1 name=$2 port=${3:-}
+  case $verb in
+    stop) lab_exec net "$ROOT/scripts/lab.sh" inside-stop "$name" ;;
+    start) lab_exec net setsid "$ROOT/scripts/lab.sh" inside-start "$name" "$port" ;;
+    *) die "service: unknown verb '$verb'" ;;
+  esac
+}
+inside_stop() {
+  local pid; pid=$(cat "$LAB/services/$1.pid")
+  kill -KILL -- "-$pid" 2>/dev/null || kill -KILL "$pid" 2>/dev/null || true
+  gone() { ! kill -0 "$pid" 2>/dev/null; }
+  wait_for 5 gone
+}
+inside_start() {
+  local port command=(); eval "command=($(cat "$LAB/services/$1"))"
+  as_daemon "$1" "${command[@]}"
+  if [ -n "${2:-}" ]; then port=$2; up() { listening "$port"; }; wait_for 15 up; fi
 }
 
 # ---- the daemon ----
@@ -256,7 +281,7 @@ lab_daemon() {
   lab_exec app chown -R "$owner:" /run/proxyvpn "$LAB/lib"
   rm -f "$LAB/notify"
   lab_exec app "$LAB_PYTHON" "$ROOT/scripts/lab-start.py" "$LAB/notify" "$LAB/logs/proxyvpnd.log" 15 \
-    env RUST_BACKTRACE=1 "${as[@]}" "$bin" --state-dir "$LAB/lib" --runtime-dir /run/proxyvpn "$@" >"$LAB/daemon.pid" \
+    env RUST_BACKTRACE=1 "${as[@]}" "$bin" --state-dir "$LAB/lib" --imported "$LAB/lib/profiles.d" --runtime-dir /run/proxyvpn "$@" >"$LAB/daemon.pid" \
     || die "proxyvpnd did not start: $(tail -n 20 "$LAB/logs/proxyvpnd.log")"
 }
 # the daemon's number inside app; empty when it does not run
@@ -328,6 +353,9 @@ if [ "${BASH_SOURCE[0]}" = "$0" ]; then
     wire) lab_wire "$@" ;;
     state) lab_state ;;
     down) lab_down ;;
+    service) lab_service "$@" ;;
+    inside-stop) inside_stop "$@" ;;
+    inside-start) inside_start "$@" ;;
     inside-net) inside_net ;;
     inside-app) inside_app ;;
     state-inside) state_inside ;;
