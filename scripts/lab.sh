@@ -176,6 +176,8 @@ http_port [$LAB_PROXY6]:3128
 auth_param basic program $helper $LAB/squid.passwd
 auth_param basic children 5 startup=1
 auth_param basic credentialsttl 1 hour
+acl refused port 8081
+http_access deny refused
 acl known proxy_auth REQUIRED
 http_access allow known
 http_access deny all
