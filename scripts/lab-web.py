@@ -41,8 +41,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.end_headers()
         sent = 0
         while sent < length:
-            start = sent % len(BLOCK)
-            piece = BLOCK[start : start + min(chunk, length - sent)]
+            # every piece starts with its place, so that none can stand for another
+            piece = (sent.to_bytes(8, "big") + BLOCK[8:chunk])[: length - sent]
             self.wfile.write(piece)
             sent += len(piece)
             if pause:

@@ -9,6 +9,8 @@
 #   lab.sh up [--stage DIR]         start it (about 2 s); DIR is a tree made by `install.sh --destdir`
 #   lab.sh exec app|net[:USER] CMD  run a command in it
 #   lab.sh daemon [--root] [ARG...] start proxyvpnd in app as its own user with nothing but CAP_NET_ADMIN (or as root); waits for READY
+#                                     --no-capability: without even that; --again: as after a crash, with the runtime directory as it was left
+#   lab.sh cleanup                  proxyvpnd --cleanup, as its own user
 #   lab.sh daemon-stop [SIGNAL]     end it (TERM)
 #   lab.sh service stop|start NAME  kill and restart a server of net: squid, tinyproxy, web, dnsmasq, sshd
 #   lab.sh wire FILTER              print what the sniffer saw and FILTER (pcap-filter(7)) matches
@@ -232,6 +234,7 @@ inside_app() {
   for user in alice mallory; do
     mkdir -p "$LAB/home/$user"; chown "$user:" "$LAB/home/$user"; chmod 700 "$LAB/home/$user"
   done
+  rm -f /usr/share/dbus-1/system-services/org.proxyvpn1.service # no activation here: a test says when the daemon runs
   install -d -m 755 /etc/polkit-1/rules.d
   cat >/etc/polkit-1/rules.d/40-lab.rules <<'RULES'
 // alice may do everything with proxyvpn; nobody else gets more than the installed policy gives
@@ -274,17 +277,35 @@ inside_start() {
 }
 
 # ---- the daemon ----
+# lab_as_proxyvpn: setpriv and its arguments for the daemon's user, into the array AS
+lab_as_proxyvpn() {
+  local only=$1
+  AS=(setpriv --reuid proxyvpn --regid proxyvpn --clear-groups --no-new-privs --inh-caps="$only" --ambient-caps="$only" --bounding-set="$only")
+}
+lab_bin() { echo "$(cat "$LAB/stage.path")/usr/libexec/proxyvpn/proxyvpnd"; }
 lab_daemon() {
-  local only="-all,+net_admin" owner=proxyvpn
-  local as=(setpriv --reuid proxyvpn --regid proxyvpn --clear-groups --no-new-privs --inh-caps="$only" --ambient-caps="$only" --bounding-set="$only")
-  if [ "${1:-}" = --root ]; then as=() owner=root; shift; fi
-  local bin; bin=$(cat "$LAB/stage.path")/usr/libexec/proxyvpn/proxyvpnd
+  local owner=proxyvpn again=''
+  lab_as_proxyvpn "-all,+net_admin"
+  while [ $# -gt 0 ]; do case $1 in
+    --root) AS=() owner=root; shift ;;
+    --no-capability) lab_as_proxyvpn "-all"; shift ;;
+    --again) again=1; shift ;; # after a crash: with the runtime directory as it was left
+    *) break ;;
+  esac; done
+  local bin; bin=$(lab_bin)
   [ -x "$bin" ] || die "no daemon in the lab's stage ($bin)"
+  # shellcheck disable=SC2016  # expanded inside
+  [ -n "$again" ] || lab_exec app bash -c 'rm -rf /run/proxyvpn/* "$LAB"/lib/*'
   lab_exec app chown -R "$owner:" /run/proxyvpn "$LAB/lib"
   rm -f "$LAB/notify"
   lab_exec app "$LAB_PYTHON" "$ROOT/scripts/lab-start.py" "$LAB/notify" "$LAB/logs/proxyvpnd.log" 15 \
-    env RUST_BACKTRACE=1 "${as[@]}" "$bin" --state-dir "$LAB/lib" --imported "$LAB/lib/profiles.d" --runtime-dir /run/proxyvpn "$@" >"$LAB/daemon.pid" \
+    env RUST_BACKTRACE=1 "${AS[@]}" "$bin" --state-dir "$LAB/lib" --imported "$LAB/lib/profiles.d" --runtime-dir /run/proxyvpn "$@" >"$LAB/daemon.pid" \
     || die "proxyvpnd did not start: $(tail -n 20 "$LAB/logs/proxyvpnd.log")"
+}
+# proxyvpnd --cleanup, as the unit runs it after a stop
+lab_cleanup() {
+  lab_as_proxyvpn "-all,+net_admin"
+  lab_exec app "${AS[@]}" "$(lab_bin)" --cleanup --state-dir "$LAB/lib" --runtime-dir /run/proxyvpn
 }
 # the daemon's number inside app; empty when it does not run
 lab_daemon_pid() {
@@ -305,7 +326,7 @@ lab_wire() { # copies first: the writer goes on
 }
 lab_state() { lab_exec app "$ROOT/scripts/lab.sh" state-inside; }
 state_inside() {
-  local file
+  local family tool
   for family in -4 -6; do echo "# rules $family"; ip "$family" rule show; done
   for family in -4 -6; do
     # counters and ages of routes that the kernel learns by itself say nothing about us
@@ -317,13 +338,8 @@ state_inside() {
   echo "# iptables"; for tool in iptables-legacy-save ip6tables-legacy-save; do
     if command -v "$tool" >/dev/null; then "$tool" 2>/dev/null | grep -v '^#' || true; fi
   done
-  echo "# sysctls"; find /proc/sys/net/ipv4 /proc/sys/net/ipv6 -type f | sort | while read -r file; do
-    case $file in
-      # secrets, counters and what any traffic changes
-      */stable_secret | */tcp_fastopen_key | */flush | */dev_snmp6/* | */*_count | */route/* | */ip_local_reserved_ports) continue ;;
-    esac
-    printf '%s = %s\n' "$file" "$(tr '\n\t' '  ' <"$file" 2>/dev/null)"
-  done
+  # without secrets, counters and what any traffic changes
+  echo "# sysctls"; { grep -rs '' /proc/sys/net/ipv4 /proc/sys/net/ipv6 || true; } | grep -vE 'secret|fastopen_key|/flush:|_count:|/route/|local_reserved' | sort
   echo "# resolv.conf"; cat /etc/resolv.conf
 }
 
@@ -351,6 +367,7 @@ if [ "${BASH_SOURCE[0]}" = "$0" ]; then
     up) lab_up "$@"; say "lab: ready ($LAB)" ;;
     exec) lab_exec "$@" ;;
     daemon) lab_daemon "$@" ;;
+    cleanup) lab_cleanup ;;
     daemon-stop) lab_daemon_stop "$@" ;;
     wire) lab_wire "$@" ;;
     state) lab_state ;;

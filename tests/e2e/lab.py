@@ -5,6 +5,7 @@ import difflib
 import json
 import os
 import subprocess
+import threading
 import time
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
@@ -71,7 +72,7 @@ class Lab:
     def script(self, *args, timeout=60, check=True):
         done = subprocess.run([SCRIPT, *args], env=self.env, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=timeout)
         if check and done.returncode:
-            raise Failed(f"lab.sh {' '.join(args)}: {done.stdout}{done.stderr}")
+            raise Failed(f"lab.sh {' '.join(args)}: {(done.stdout + done.stderr)[-1500:]}")
         return done.stdout
 
     def up(self):
@@ -186,21 +187,20 @@ class Lab:
         """What the sniffer saw on the wire, one line per packet."""
         return self.script("wire", pcap_filter).splitlines()
 
-    def direct(self, destination=None):
+    def direct(self, but=""):
         """Packets of the machine that went around the tunnel: neither to the proxy nor name resolution, ARP or ND."""
-        where = f" and dst host {destination}" if destination else ""
         return self.packets(
-            f"(src host {APP4} or src host {APP6}) and not (dst host {PROXY} or dst host {PROXY6}) and not (port 53)"
-            f" and not icmp6 and not arp and not dst net 224.0.0.0/4 and not dst net ff00::/8{where}"
+            f"(src host {APP4} or src host {APP6}) and not (dst host {PROXY} or dst host {PROXY6}) and not (dst host {DNS} and port 53)"
+            f" and not icmp6 and not arp and not dst net 224.0.0.0/4 and not dst net ff00::/8{but}"
         )
 
     @contextlib.contextmanager
-    def nothing_direct(self):
-        """No packet goes around the tunnel meanwhile."""
-        before = len(self.direct())
+    def nothing_direct(self, but=""):
+        """No packet goes around the tunnel meanwhile; `but` filters what may."""
+        before = len(self.direct(but))
         yield
         time.sleep(0.1)
-        seen = self.direct()
+        seen = self.direct(but)
         expect(len(seen) == before, lambda: "packets went around the tunnel:\n" + "\n".join(seen[before : before + 5]))
 
     def fetch(self, url, *args, timeout=30, **options):
@@ -214,3 +214,45 @@ class Lab:
 
     def service(self, verb, name, port=""):
         self.script("service", verb, name, *([str(port)] if port else []))
+
+
+def ssh_session(lab, machine, user, *args):
+    """An interactive session; returns it and a function that types a line and waits for its answer."""
+    child = lab.popen(machine, user, "ssh", "-tt", "-o", f"UserKnownHostsFile={lab.dir}/known_hosts", *args,
+                      stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    output = bytearray()
+
+    def reader():
+        while data := child.stdout.read1(4096):
+            output.extend(data)
+
+    threading.Thread(target=reader, daemon=True).start()
+
+    def say(number):
+        # the shell does the sum: an echo of the typed line is not an answer
+        child.stdin.write(f"echo sum-$(({number}+1000))\n".encode())
+        child.stdin.flush()
+        until(10, lambda: f"sum-{number + 1000}".encode() in output or child.poll() is not None, lambda: f"no answer: {bytes(output)!r}")
+        expect(child.poll() is None, lambda: f"ssh ended: {bytes(output)!r}")
+
+    return child, say
+
+
+@contextlib.contextmanager
+def faulty(lab, mode, port):
+    with lab.background("net", None, PYTHON, "-u", f"{ROOT}/tests/e2e/proxy.py", PROXY, str(port), mode):
+        until(5, lambda: f":{port} " in lab.net("ss", "-Htln").stdout, "the test proxy does not listen")
+        yield f"http://{PROXY}:{port}"
+
+
+def fails_clean(lab, *args, words, code=FAILURE, look=True, **options):
+    """The connection is refused with these words, and the network has not changed."""
+    before = lab.state()
+    text = lab.proxyctl("connect", *args, code=code, **options)
+    equal(before, lab.state(), "a failed connect changed the network")
+    for word in words:
+        expect(word.lower() in text.lower(), f"the error does not say '{word}': {text}")
+    expect("panicked" not in text and "Error {" not in text, f"not in the user's words: {text}")
+    if look:
+        lab.check_state("disconnected")
+    return text

@@ -15,12 +15,13 @@ import tempfile
 import time
 import traceback
 
+sys.dont_write_bytecode = True  # root leaves nothing among the sources
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, HERE)
 import lab as lab_module  # noqa: E402
 from lab import ROOT, Failed, Lab, Skipped, equal  # noqa: E402
 
-HELPERS = {"lab", "run", "proxy"}
+HELPERS = {"lab", "run", "proxy", "rawbus"}
 
 
 class OverTime(Exception):
