@@ -7,6 +7,7 @@
 //! - [`lookup`]: addresses of the upstream's name, over marked sockets
 //! - [`net`]: mechanism: desired network state, plan, apply, undo; knows no profiles
 //! - [`machine`]: policy: the states of the connection
+//! - [`service`]: the objects on the bus
 
 pub mod authority;
 pub mod config;
@@ -15,5 +16,6 @@ pub mod lookup;
 pub mod machine;
 pub mod net;
 pub mod resolvers;
+pub mod service;
 #[cfg(test)]
 mod test_dir;

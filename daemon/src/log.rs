@@ -260,7 +260,7 @@ mod tests {
         let records = logged(|_| {
             tracing::warn!("line\nline \x1b[31m{}", "ü".repeat(4096));
             let error = zbus::Error::Connection(
-                std::sync::Arc::new(std::io::ErrorKind::NotFound.into()),
+                Arc::new(std::io::ErrorKind::NotFound.into()),
                 Box::new("unix:path=/x".try_into().unwrap()),
             );
             tracing::warn!(error = &error as &dyn std::error::Error, "bus");

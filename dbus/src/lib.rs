@@ -4,7 +4,7 @@
 //! - [`options`]: keys of the `a{sv}` dictionaries
 //! - [`types`]: structures that cross the bus
 //! - [`reason`]: why a connection is not there, as stable codes
-//! - [`error`]: `org.proxyvpn1.Error.*`
+//! - [`error`](mod@error): `org.proxyvpn1.Error.*`
 //! - [`client`]: typed client proxies
 #![forbid(unsafe_code)]
 
