@@ -27,7 +27,7 @@ impl Drop for Kernel {
 
 impl Kernel {
     pub(super) fn connect() -> Result<Self, Error> {
-        let (connection, handle, _) = rtnetlink::new_connection().map_err(Error::Connect)?;
+        let (connection, handle) = rtnl::connect().map_err(Error::Connect)?;
         Ok(Self { handle, task: tokio::spawn(connection) })
     }
 
@@ -105,10 +105,10 @@ impl Kernel {
         let add = step.action == Action::Add;
         match &step.change {
             // Only `create` makes it, because somebody must hold its descriptors.
-            Change::Device(tunnel) if add => Err(Error::TunnelMissing(tunnel.name.clone())),
-            Change::Device(tunnel) => {
+            Change::Device(name) if add => Err(Error::TunnelMissing(name.clone())),
+            Change::Device(name) => {
                 let links = self.links().await?;
-                let Some(link) = links.iter().find(|link| link.name == tunnel.name && link.ours) else { return Ok(()) };
+                let Some(link) = links.iter().find(|link| link.name == *name && link.ours) else { return Ok(()) };
                 self.delete(link).await.map_err(failed)
             }
             Change::Settings(tunnel) => {

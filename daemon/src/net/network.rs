@@ -112,7 +112,7 @@ impl Network {
             let failed = |source| Error::Create { name: tunnel.name.clone(), source };
             self.kernel.delete(link).await.map_err(failed)?;
         }
-        let undo = Step { action: Action::Remove, change: Change::Device(tunnel.clone()) };
+        let undo = Step { action: Action::Remove, change: Change::Device(tunnel.name.clone()) };
         let before = self.journal.begin([undo.line()])?;
         let desired = Desired {
             tunnel: Some(tunnel.clone()),

@@ -40,7 +40,7 @@ pub(super) fn plan(observed: &Observed, desired: &Desired) -> Vec<Step> {
     steps
 }
 
-/// Steps that remove every rule, route and kernel parameter of ours.
+/// Steps that remove every rule, route, kernel parameter and device of ours.
 pub(super) fn plan_removal(observed: &Observed) -> Vec<Step> {
     let rules = observed.rules.iter().cloned().map(Change::Rule);
     let routes = observed.routes.iter().cloned().map(Change::Route);
@@ -49,13 +49,15 @@ pub(super) fn plan_removal(observed: &Observed) -> Vec<Step> {
         link.source_validation.is_some_and(|validation| validation.src_valid_mark == SYSCTL_ON)
     };
     steps.extend(observed.links.iter().filter(marked).map(|link| source_mark(&link.name, 0)));
+    let devices = observed.links.iter().filter(|link| link.ours);
+    steps.extend(devices.map(|link| remove(Change::Device(link.name.clone()))));
     steps
 }
 
 fn plan_tunnel(observed: &Observed, tunnel: &Tunnel, steps: &mut Vec<Step>) {
     let link = observed.link(&tunnel.name).filter(|link| link.ours);
     if link.is_none() {
-        steps.push(add(Change::Device(tunnel.clone())));
+        steps.push(add(Change::Device(tunnel.name.clone())));
     }
     let set = link.is_some_and(|link| {
         link.up
@@ -239,11 +241,11 @@ mod tests {
             let add = step.action == Action::Add;
             let index = |o: &Observed, name: &str| o.link(name).unwrap().index;
             match step.change.clone() {
-                Change::Device(t) if add => {
+                Change::Device(name) if add => {
                     let ipv6 = observed.ipv6_for_new;
-                    observed.links.push(Link { ours: true, ipv6, up: false, ..link(9, &t.name, 0, 0) });
+                    observed.links.push(Link { ours: true, ipv6, up: false, ..link(9, &name, 0, 0) });
                 }
-                Change::Device(t) => observed.links.retain(|link| link.name != t.name),
+                Change::Device(name) => observed.links.retain(|link| link.name != name),
                 Change::Settings(t) => {
                     let link = observed.links.iter_mut().find(|link| link.name == t.name).unwrap();
                     (link.up, link.mtu, link.queue) = (true, u32::from(t.mtu), super::super::tun::QUEUE);
@@ -303,7 +305,7 @@ rule add -6 priority 3731 ipproto tcp lookup 7376750 protocol 112
         let steps = plan_removal(&observed);
         apply(&mut observed, &steps);
         assert_eq!(plan_removal(&observed), vec![]);
-        assert_eq!((observed.rules.len(), observed.routes.len()), (0, 0));
+        assert_eq!((observed.rules.len(), observed.routes.len(), observed.links), (0, 0, machine().links));
     }
 
     #[test]

@@ -2,6 +2,7 @@
 
 use std::io;
 use std::net::IpAddr;
+use std::time::Duration;
 
 use futures_util::StreamExt;
 use ipnet::IpNet;
@@ -18,6 +19,7 @@ use rtnetlink::packet_route::route::{
 };
 use rtnetlink::packet_route::rule::{RuleAction, RuleAttribute, RuleMessage, RulePortRange, RuleUidRange};
 use rtnetlink::packet_route::{AddressFamily, IpProtocol, RouteNetlinkMessage};
+use rtnetlink::proto::Connection;
 
 use super::desired::{ROUTE_PROTOCOL, RULE_PRIORITIES, RULE_PRIORITY, TABLE};
 use super::observed::{Address, Link, SourceValidation};
@@ -30,33 +32,47 @@ const INET_CONF: u16 = 1 | 1 << 15;
 /// `IPV4_DEVCONF_SRC_VMARK` (linux/ip.h).
 const SRC_VMARK: u16 = 24;
 
+/// How long the kernel may take for one request: it answers in microseconds, or waits for a driver.
+const TIMEOUT: Duration = Duration::from_secs(20);
+
+/// Opens the connection, to be driven by a task. An end of an answer must be seen: silence is not success.
+#[allow(clippy::type_complexity, reason = "of the crate")]
+pub(super) fn connect() -> io::Result<(Connection<RouteNetlinkMessage>, Handle)> {
+    let (mut connection, handle, _) = rtnetlink::new_connection()?;
+    connection.set_forward_ack(true);
+    connection.set_forward_done(true);
+    Ok((connection, handle))
+}
+
 /// Sends a request and waits for the kernel's word on it.
 pub(super) async fn request(handle: &Handle, message: RouteNetlinkMessage, create: bool) -> io::Result<()> {
-    let mut message = NetlinkMessage::from(message);
-    message.header.flags = NLM_F_REQUEST | NLM_F_ACK | if create { NLM_F_CREATE } else { 0 };
-    let mut answers = handle.clone().request(message).map_err(|_| closed())?;
-    while let Some(answer) = answers.next().await {
-        if let NetlinkPayload::Error(error) = answer.payload {
-            return if error.code.is_none() { Ok(()) } else { Err(error.to_io()) };
-        }
-    }
-    Err(closed())
+    let flags = NLM_F_REQUEST | NLM_F_ACK | if create { NLM_F_CREATE } else { 0 };
+    exchange(handle, message, flags).await.map(drop)
 }
 
 /// Reads a whole list.
 pub(super) async fn dump(handle: &Handle, message: RouteNetlinkMessage) -> io::Result<Vec<RouteNetlinkMessage>> {
+    exchange(handle, message, NLM_F_REQUEST | NLM_F_DUMP).await
+}
+
+async fn exchange(handle: &Handle, message: RouteNetlinkMessage, flags: u16) -> io::Result<Vec<RouteNetlinkMessage>> {
     let mut message = NetlinkMessage::from(message);
-    message.header.flags = NLM_F_REQUEST | NLM_F_DUMP;
+    message.header.flags = flags;
     let mut answers = handle.clone().request(message).map_err(|_| closed())?;
-    let mut list = vec![];
-    while let Some(answer) = answers.next().await {
-        match answer.payload {
-            NetlinkPayload::InnerMessage(inner) => list.push(inner),
-            NetlinkPayload::Error(error) if error.code.is_some() => return Err(error.to_io()),
-            _ => {}
+    let read = async {
+        let mut list = vec![];
+        while let Some(answer) = answers.next().await {
+            match answer.payload {
+                NetlinkPayload::InnerMessage(inner) => list.push(inner),
+                NetlinkPayload::Done(_) => return Ok(list),
+                NetlinkPayload::Error(error) if error.code.is_none() => return Ok(list),
+                NetlinkPayload::Error(error) => return Err(error.to_io()),
+                _ => {}
+            }
         }
-    }
-    Ok(list)
+        Err(closed())
+    };
+    tokio::time::timeout(TIMEOUT, read).await.map_err(io::Error::from)?
 }
 
 fn closed() -> io::Error {

@@ -143,8 +143,8 @@ pub(super) struct Rule {
 /// What a step changes.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum Change {
-    /// The device itself.
-    Device(Tunnel),
+    /// The device itself, by name.
+    Device(String),
     /// MTU, queue length, up.
     Settings(Tunnel),
     Address {
@@ -230,7 +230,7 @@ impl Step {
 impl fmt::Display for Step {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match &self.change {
-            Change::Device(tunnel) => write!(f, "{} type tun", tunnel.name),
+            Change::Device(name) => write!(f, "{name} type tun"),
             Change::Settings(tunnel) => {
                 write!(f, "{} mtu {} txqueuelen {} addrgenmode none up", tunnel.name, tunnel.mtu, super::tun::QUEUE)
             }

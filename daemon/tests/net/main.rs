@@ -1,0 +1,10 @@
+//! The host's network in the kernel: what is applied, and that all of it and nothing else is taken back.
+//!
+//! `PROXYVPN_PRIVILEGED_TESTS=1 cargo test -p proxyvpnd --features privileged-tests --test net -- --ignored`
+#![cfg(feature = "privileged-tests")]
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, missing_docs, reason = "tests")]
+
+mod conflicts;
+mod steering;
+mod traces;
+mod world;
