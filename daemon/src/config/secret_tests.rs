@@ -16,6 +16,8 @@ fn own() -> Vec<u32> {
 }
 
 fn write(path: &Path, bytes: &[u8], mode: u32) {
+    // The one before may be read-only.
+    let _ = std::fs::remove_file(path);
     std::fs::write(path, bytes).unwrap();
     std::fs::set_permissions(path, std::fs::Permissions::from_mode(mode)).unwrap();
 }
