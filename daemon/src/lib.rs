@@ -1,6 +1,8 @@
 //! The daemon: control of the machine's network. Packets are the engine's (`proxyvpn-engine`).
 //!
+//! - [`app`]: the process: arguments, bus, signals, systemd
 //! - [`authority`]: who may do what, by polkit
+//! - [`backend`]: the effects behind the states
 //! - [`config`]: files of the administrator: settings, profiles, secrets
 //! - [`log`]: the newest records, for callers on the bus
 //! - [`resolvers`]: which DNS servers the machine uses
@@ -9,7 +11,9 @@
 //! - [`machine`]: policy: the states of the connection
 //! - [`service`]: the objects on the bus
 
+pub mod app;
 pub mod authority;
+pub mod backend;
 pub mod config;
 pub mod log;
 pub mod lookup;

@@ -81,6 +81,15 @@ impl Network {
         Ok(())
     }
 
+    /// Makes sure that changes can be journaled, before the first one.
+    ///
+    /// # Errors
+    /// [`Error::Journal`]: the disk is full, or the directory is missing or closed to us.
+    pub fn save(&mut self) -> Result<(), Error> {
+        let before = self.journal.begin(["a change of the network begins".to_owned()])?;
+        self.journal.roll_back(before)
+    }
+
     /// What [`create_tunnel`](Self::create_tunnel) and [`apply`](Self::apply) would change now.
     ///
     /// # Errors

@@ -1,0 +1,259 @@
+//! The process: arguments, log, clean-up mode, bus, signals, systemd.
+
+use std::fs;
+use std::io::Write as _;
+use std::os::unix::fs::OpenOptionsExt as _;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::time::Duration;
+
+use clap::Parser;
+use proxyvpn_engine::config::Limits;
+use sd_notify::NotifyState;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::watch;
+use tracing::level_filters::LevelFilter;
+use tracing_subscriber::layer::{Layer as _, SubscriberExt as _};
+use tracing_subscriber::util::SubscriberInitExt as _;
+
+use crate::backend::proxy::Proxy;
+use crate::config::daemon::{self, DaemonConfig};
+use crate::config::store::ProfileStore;
+use crate::log::Log;
+use crate::machine::failure::chain;
+use crate::machine::intent::IntentFile;
+use crate::machine::{Machine, Request};
+use crate::net::Network;
+use crate::service::Service;
+
+/// Log records that are kept for `GetLog`.
+const LOG_CAPACITY: usize = 1000;
+
+/// Puts a whole machine behind an upstream. Started by systemd or D-Bus activation; see proxyvpnd(8).
+#[derive(Debug, Parser)]
+#[command(version, max_term_width = 100)]
+pub struct Args {
+    /// Settings of the daemon
+    #[arg(long, value_name = "FILE", default_value = "/etc/proxyvpn/proxyvpnd.toml")]
+    config: PathBuf,
+    /// Profiles of the administrator
+    #[arg(long, value_name = "DIR", default_value = "/etc/proxyvpn/profiles.d")]
+    profiles: PathBuf,
+    /// Profiles imported over D-Bus
+    #[arg(long, value_name = "DIR", default_value = "/var/lib/proxyvpn/profiles.d")]
+    imported: PathBuf,
+    /// Journal of network changes
+    #[arg(long, value_name = "DIR", default_value = "/var/lib/proxyvpn")]
+    state_dir: PathBuf,
+    /// Pid file and record of what is wanted
+    #[arg(long, value_name = "DIR", default_value = "/run/proxyvpn")]
+    runtime_dir: PathBuf,
+    /// error, warn, info, debug or trace; overrides the settings file
+    #[arg(long, value_name = "LEVEL")]
+    log_level: Option<LevelFilter>,
+    /// Undo every change that a daemon made to the network, without any state, and exit
+    #[arg(long)]
+    cleanup: bool,
+    /// With --cleanup: do nothing when systemd says that the service failed and will be started again (ExecStopPost=)
+    #[arg(long, requires = "cleanup")]
+    unless_failed: bool,
+}
+
+/// Why the daemon cannot run: the message is complete.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+struct Fatal(String);
+
+impl Fatal {
+    fn new(what: &str, error: &(dyn std::error::Error + 'static)) -> Self {
+        Self(format!("{what}: {}", chain(error)))
+    }
+}
+
+/// Runs the daemon or the clean-up. Exit status 0, or 1 with a message on standard error.
+#[must_use]
+pub fn main(args: &Args) -> ExitCode {
+    let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
+        Ok(runtime) => runtime,
+        Err(error) => {
+            eprintln!("proxyvpnd: no event loop: {error}");
+            return ExitCode::FAILURE;
+        }
+    };
+    let result = runtime.block_on(async { if args.cleanup { clean_up(args).await } else { serve(args).await } });
+    runtime.shutdown_timeout(Duration::from_secs(1));
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("proxyvpnd: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// `--cleanup`.
+async fn clean_up(args: &Args) -> Result<(), Fatal> {
+    // systemd.exec(5): "success", or how the service ended. After a failure the block must stay until the restart.
+    let result = std::env::var("SERVICE_RESULT").unwrap_or_else(|_| "success".to_owned());
+    if args.unless_failed && result != "success" {
+        println!("the service ended with {result} and will be started again: the network stays as it is");
+        return Ok(());
+    }
+    if PidFile::running(&args.runtime_dir) {
+        return Err(Fatal(
+            "the daemon runs, and would put everything back. Disconnect with `proxyctl disconnect`, or stop the daemon and \
+             clean up with `proxyctl rescue`"
+                .to_owned(),
+        ));
+    }
+    IntentFile::new(&args.runtime_dir)
+        .clear()
+        .map_err(|error| Fatal::new("cannot remove the record of what is wanted", &error))?;
+    let mut network = Network::open(&args.state_dir).await.map_err(|error| Fatal::new("cannot clean up", &error))?;
+    let report = network.clean_up().await;
+    for removed in &report.removed {
+        println!("removed {removed}");
+    }
+    match report.errors.first() {
+        None => {
+            println!("nothing of proxyvpn is left in the network");
+            Ok(())
+        }
+        Some(_) => Err(Fatal(report.errors.iter().map(|error| chain(error)).collect::<Vec<_>>().join("\n"))),
+    }
+}
+
+async fn serve(args: &Args) -> Result<(), Fatal> {
+    let settings = daemon::load(&args.config).map_err(|error| Fatal::new("cannot read the settings", &error))?;
+    let log = start_log(args, &settings);
+    let _pid_file = PidFile::create(&args.runtime_dir)?;
+
+    let store = Arc::new(ProfileStore::open(&args.profiles, &args.imported));
+    let (machine, handle) = Machine::new();
+    let limits = Limits { flows: settings.max_flows, ..Limits::default() };
+    let service = Service::start(zbus::connection::Builder::system(), handle, Arc::clone(&store), log)
+        .await
+        .map_err(|error| Fatal(chain(&error)))?;
+    let world = Proxy::new(args.state_dir.clone(), limits, service.connection().clone());
+
+    let (stop, shutdown) = watch::channel(false);
+    tokio::spawn(stop_on_signal(stop));
+    notify(&[NotifyState::Ready]);
+    tokio::spawn(watchdog());
+    tracing::info!(version = env!("CARGO_PKG_VERSION"), "ready");
+    let intent = IntentFile::new(&args.runtime_dir);
+    tokio::select! {
+        () = machine.run(world, intent, autoconnect(&store), shutdown) => {}
+        // Nothing is taken down: what is in force blocks until the next daemon goes on.
+        () = service.connection().closed() => {
+            return Err(Fatal("the system bus is gone; the network stays as it is until the daemon starts again".to_owned()));
+        }
+    }
+    notify(&[NotifyState::Stopping]);
+    service.stop().await;
+    Ok(())
+}
+
+fn start_log(args: &Args, settings: &DaemonConfig) -> Log {
+    let level = args.log_level.unwrap_or(settings.log_level);
+    let log = Log::new(LOG_CAPACITY);
+    // The journal has times of its own.
+    let stderr = tracing_subscriber::fmt::layer().with_writer(std::io::stderr).with_ansi(false).without_time();
+    tracing_subscriber::registry().with(log.clone().filtered()).with(stderr.with_filter(level)).init();
+    log
+}
+
+/// The profile that is to be connected when the daemon starts: the first by name.
+fn autoconnect(store: &ProfileStore) -> Option<Request> {
+    let mut wanted = Vec::new();
+    for entry in store.list() {
+        match entry.result {
+            Ok(profile) if profile.autoconnect => wanted.push(profile),
+            Ok(_) => {}
+            Err(error) => tracing::warn!("profile {}: {}", entry.name, chain(&error)),
+        }
+    }
+    wanted.sort_by(|left, right| left.name.cmp(&right.name));
+    if let [first, rest @ ..] = wanted.as_slice()
+        && !rest.is_empty()
+    {
+        tracing::warn!("several profiles have autoconnect = true; {} is taken", first.name);
+    }
+    wanted.into_iter().next().map(|profile| Request { profile, password: None })
+}
+
+async fn stop_on_signal(stop: watch::Sender<bool>) {
+    let signals = (signal(SignalKind::terminate()), signal(SignalKind::interrupt()));
+    let (Ok(mut terminate), Ok(mut interrupt)) = signals else {
+        tracing::error!("signals cannot be caught; a kill will leave the network blocked");
+        return std::future::pending().await;
+    };
+    tokio::select! {
+        _ = terminate.recv() => {}
+        _ = interrupt.recv() => {}
+    }
+    tracing::info!("told to end");
+    let _ = stop.send(true);
+    stop.closed().await;
+}
+
+/// Tells systemd that the event loop turns, twice in each watchdog period (sd_watchdog_enabled(3)).
+async fn watchdog() {
+    let Some(period) = sd_notify::watchdog_enabled() else { return };
+    let mut timer = tokio::time::interval(period / 2);
+    loop {
+        timer.tick().await;
+        notify(&[NotifyState::Watchdog]);
+    }
+}
+
+fn notify(state: &[NotifyState]) {
+    if let Err(error) = sd_notify::notify(state) {
+        tracing::warn!("systemd cannot be told: {error}");
+    }
+}
+
+/// The pid file; its lock says that the daemon runs, whatever its text says.
+#[derive(Debug)]
+struct PidFile {
+    path: PathBuf,
+    _file: fs::File,
+}
+
+impl PidFile {
+    /// Whether a daemon holds the lock.
+    fn running(directory: &Path) -> bool {
+        fs::File::open(directory.join("proxyvpnd.pid"))
+            .is_ok_and(|file| matches!(file.try_lock_shared(), Err(fs::TryLockError::WouldBlock)))
+    }
+
+    fn create(directory: &Path) -> Result<Self, Fatal> {
+        let path = directory.join("proxyvpnd.pid");
+        let shown = path.display();
+        let mut file = fs::OpenOptions::new()
+            .write(true)
+            .create(true)
+            .truncate(false)
+            .mode(0o644)
+            .open(&path)
+            .map_err(|error| Fatal::new(&format!("cannot write {shown}"), &error))?;
+        match file.try_lock() {
+            Ok(()) => {}
+            Err(fs::TryLockError::WouldBlock) => {
+                return Err(Fatal(format!("another proxyvpnd runs already ({shown} is locked)")));
+            }
+            Err(fs::TryLockError::Error(error)) => return Err(Fatal::new(&format!("cannot lock {shown}"), &error)),
+        }
+        file.set_len(0)
+            .and_then(|()| writeln!(file, "{}", std::process::id()))
+            .map_err(|error| Fatal::new(&format!("cannot write {shown}"), &error))?;
+        Ok(Self { path, _file: file })
+    }
+}
+
+impl Drop for PidFile {
+    fn drop(&mut self) {
+        let _ = fs::remove_file(&self.path);
+    }
+}

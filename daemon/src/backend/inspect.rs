@@ -1,0 +1,53 @@
+//! Plan, diagnosis, flows and counters: questions that never hold up the states and change nothing.
+
+use std::collections::HashMap;
+use std::path::PathBuf;
+
+use proxyvpn_dbus::types::{Check, Flow, PlanStep};
+
+use super::proxy::EngineSlot;
+use super::{checks, network};
+use crate::machine::world::Inspector;
+use crate::machine::{Failure, Request};
+use crate::net::Network;
+
+/// Looks with a netlink socket of its own.
+#[derive(Debug, Clone)]
+pub struct ProxyInspector {
+    state_dir: PathBuf,
+    engine: EngineSlot,
+}
+
+impl ProxyInspector {
+    pub(super) fn new(state_dir: PathBuf, engine: EngineSlot) -> Self {
+        Self { state_dir, engine }
+    }
+}
+
+impl Inspector for ProxyInspector {
+    async fn plan(&self, request: &Request) -> Result<Vec<PlanStep>, Failure> {
+        let (desired, _) = network::desired(&request.profile)?;
+        let network = Network::open(&self.state_dir).await.map_err(|error| network::failure(&error))?;
+        let steps = network.plan(&desired).await.map_err(|error| network::failure(&error))?;
+        Ok(steps
+            .iter()
+            .map(|step| PlanStep {
+                layer: step.layer().as_str().to_owned(),
+                action: step.action().as_str().to_owned(),
+                text: step.to_string(),
+            })
+            .collect())
+    }
+
+    async fn diagnose(&self, request: Option<&Request>) -> Vec<Check> {
+        checks::run(&self.state_dir, request).await
+    }
+
+    async fn flows(&self) -> Vec<Flow> {
+        self.engine.flows().await
+    }
+
+    fn statistics(&self) -> HashMap<String, u64> {
+        self.engine.counters()
+    }
+}

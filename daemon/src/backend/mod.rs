@@ -1,0 +1,15 @@
+//! Backends: the effects behind the states.
+//!
+//! - [`proxy`]: TUN device and packet engine
+//! - [`inspect`]: plan, diagnosis, flows and counters, beside the states
+//! - `upstream`: from a profile to a connector: look-up, password, the loop that a local proxy would make
+//! - `network`: from a profile to a desired network
+//! - `caches`: flushing DNS caches
+//! - `checks`: the checks of the diagnosis
+
+mod caches;
+mod checks;
+pub mod inspect;
+mod network;
+pub mod proxy;
+mod upstream;

@@ -1,0 +1,306 @@
+//! The proxy backend: TUN device and packet engine.
+
+use std::collections::HashMap;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use proxyvpn_dbus::ReasonCode;
+use proxyvpn_dbus::types::{Flow, HealthItem};
+use proxyvpn_engine::Engine;
+use proxyvpn_engine::config::{Config, Limits};
+use proxyvpn_engine::event::Event;
+use proxyvpn_engine::upstream::Connector;
+use tokio::sync::{RwLock, mpsc};
+use zbus::Connection;
+
+use super::inspect::ProxyInspector;
+use super::network::{self, texts};
+use super::{caches, upstream};
+use crate::machine::world::{Facts, Fault, Inspector, World};
+use crate::machine::{Failure, Phase, Request};
+use crate::net::desired::{Desired, Tunnel};
+use crate::net::{Network, Stage};
+use crate::resolvers::Resolvers;
+
+/// Events that may wait; the engine coalesces what does not fit.
+const EVENTS: usize = 16;
+
+/// The engine while it runs, shared with the [`ProxyInspector`].
+#[derive(Debug, Clone, Default)]
+pub struct EngineSlot(Arc<RwLock<Option<Engine>>>);
+
+impl EngineSlot {
+    /// The connections in the tunnel.
+    pub(super) async fn flows(&self) -> Vec<Flow> {
+        let slot = self.0.read().await;
+        let Some(engine) = slot.as_ref() else { return Vec::new() };
+        let flows = engine.flows().await;
+        flows
+            .into_iter()
+            .map(|flow| Flow {
+                id: flow.id,
+                source: flow.source.to_string(),
+                destination: flow.destination.to_string(),
+                state: flow.state.to_owned(),
+                sent: flow.sent,
+                received: flow.received,
+                age: flow.age,
+            })
+            .collect()
+    }
+
+    /// Counters; empty when the engine does not run or is just being stopped.
+    pub(super) fn counters(&self) -> HashMap<String, u64> {
+        let Ok(slot) = self.0.try_read() else { return HashMap::new() };
+        let counters = slot.as_ref().map(Engine::counters).unwrap_or_default();
+        counters.into_iter().map(|(name, value)| (name.to_owned(), value)).collect()
+    }
+
+    async fn put(&self, engine: Engine) {
+        *self.0.write().await = Some(engine);
+    }
+
+    async fn stop(&self) {
+        let engine = self.0.write().await.take();
+        if let Some(engine) = engine {
+            engine.stop().await;
+        }
+    }
+}
+
+/// See the module.
+#[derive(Debug)]
+pub struct Proxy {
+    state_dir: PathBuf,
+    limits: Limits,
+    bus: Connection,
+    /// Opened at the first use, so that a daemon without privileges can still say what is missing.
+    network: Option<Network>,
+    engine: EngineSlot,
+    events: Option<mpsc::Receiver<Event>>,
+    /// What the present or last attempt wants.
+    desired: Option<Desired>,
+    resolvers: Option<Resolvers>,
+    connector: Option<Arc<Connector>>,
+    /// The engine suspects the upstream; a probe will decide.
+    suspicious: bool,
+    /// Whether the firewall is in force, and whether it blocks.
+    applied: bool,
+}
+
+impl Proxy {
+    /// A backend at rest.
+    #[must_use]
+    pub fn new(state_dir: PathBuf, limits: Limits, bus: Connection) -> Self {
+        Self {
+            state_dir,
+            limits,
+            bus,
+            network: None,
+            engine: EngineSlot::default(),
+            events: None,
+            desired: None,
+            resolvers: None,
+            connector: None,
+            suspicious: false,
+            applied: false,
+        }
+    }
+
+    async fn network(&mut self) -> Result<&mut Network, Failure> {
+        let network = match self.network.take() {
+            Some(network) => network,
+            None => Network::open(&self.state_dir).await.map_err(|error| network::failure(&error))?,
+        };
+        Ok(self.network.insert(network))
+    }
+
+    fn desired(&self) -> Result<Desired, Failure> {
+        self.desired.clone().ok_or_else(|| internal("the phases are out of order"))
+    }
+
+    fn connector(&self) -> Result<Arc<Connector>, Failure> {
+        self.connector.clone().ok_or_else(|| internal("the phases are out of order"))
+    }
+
+    async fn check_privileges(&mut self, request: &Request) -> Result<(), Failure> {
+        let (desired, resolvers) = network::desired(&request.profile)?;
+        self.network().await?.preflight(&desired).await.map_err(|error| network::failure(&error))?;
+        self.desired = Some(desired);
+        self.resolvers = Some(resolvers);
+        Ok(())
+    }
+
+    async fn resolve_upstream(&mut self, request: &Request) -> Result<(), Failure> {
+        let own = self.network().await?.own_addresses().await.map_err(|error| network::failure(&error))?;
+        let resolvers = self.resolvers.as_ref().map(|found| found.for_lookup().to_vec()).unwrap_or_default();
+        self.connector = Some(Arc::new(upstream::connector(request, &resolvers, &own).await?));
+        Ok(())
+    }
+
+    async fn create_tun(&mut self) -> Result<(), Failure> {
+        let tunnel = self.tunnel()?;
+        let connector = self.connector()?;
+        let mtu = tunnel.mtu;
+        let queues = self.network().await?.create_tunnel(&tunnel, 1).await.map_err(|error| network::failure(&error))?;
+        let (sender, events) = mpsc::channel(EVENTS);
+        let engine = Engine::start(queues, Config { mtu, limits: self.limits, connector }, sender)
+            .map_err(|error| Failure::from_error(ReasonCode::EngineFailed, &error))?;
+        self.engine.put(engine).await;
+        self.events = Some(events);
+        Ok(())
+    }
+
+    fn tunnel(&self) -> Result<Tunnel, Failure> {
+        self.desired()?.tunnel.ok_or_else(|| internal("a connection without a device"))
+    }
+
+    async fn apply(&mut self, stage: Stage) -> Result<(), Failure> {
+        let desired = self.desired()?;
+        self.network().await?.apply(stage, &desired).await.map_err(|error| network::failure(&error))
+    }
+
+    async fn stop_engine(&mut self) {
+        self.engine.stop().await;
+        self.events = None;
+    }
+}
+
+impl World for Proxy {
+    async fn phase(&mut self, phase: Phase, request: &Request) -> Result<(), Failure> {
+        match phase {
+            Phase::CheckPrivileges => self.check_privileges(request).await,
+            Phase::ResolveUpstream => self.resolve_upstream(request).await,
+            Phase::ProbeUpstream => self.probe().await,
+            Phase::SaveNetwork => self.network().await?.save().map_err(|error| network::failure(&error)),
+            Phase::CreateTun => self.create_tun().await,
+            Phase::ApplyFirewall => {
+                self.apply(Stage::Firewall).await?;
+                self.applied = true;
+                Ok(())
+            }
+            Phase::ApplyRoutes => self.apply(Stage::Routes).await,
+            // `bypass` leaves the resolvers as they are: rules and firewall let them through.
+            Phase::ConfigureDns => Ok(()),
+            Phase::FlushDns => {
+                caches::flush(&self.bus).await;
+                Ok(())
+            }
+        }
+    }
+
+    async fn block(&mut self, request: Option<&Request>) -> Result<(), Failure> {
+        let desired = match request {
+            Some(request) => network::blocked(&network::desired(&request.profile)?.0),
+            None => network::closed(),
+        };
+        let network = self.network().await?;
+        let firewall = network.apply(Stage::Firewall, &desired).await;
+        let routes = network.apply(Stage::Routes, &desired).await;
+        self.applied = firewall.is_ok();
+        self.desired = Some(desired);
+        self.stop_engine().await;
+        firewall.and(routes).map_err(|error| network::failure(&error))
+    }
+
+    async fn probe(&mut self) -> Result<(), Failure> {
+        let connector = Connector { timeout: upstream::PROBE_TIMEOUT, ..(*self.connector()?).clone() };
+        connector.probe().await.map_err(|error| upstream::failure(&error))
+    }
+
+    async fn fault(&mut self) -> Fault {
+        loop {
+            // One dead destination looks like a dead upstream, so the upstream is asked itself. The suspicion is kept in
+            // `self`, because this future may be dropped half-way.
+            if self.suspicious {
+                let answer = self.probe().await;
+                self.suspicious = false;
+                if let Err(failure) = answer {
+                    return Fault::Upstream(failure);
+                }
+            }
+            let Some(events) = self.events.as_mut() else { return std::future::pending().await };
+            let failure = match events.recv().await {
+                Some(Event::UpstreamFailing(error)) => {
+                    tracing::debug!("the engine suspects the upstream: {error}");
+                    self.suspicious = true;
+                    continue;
+                }
+                Some(Event::UpstreamWorking) => return Fault::UpstreamWorking,
+                Some(Event::DeviceLost(error)) => Failure::new(
+                    ReasonCode::DeviceLost,
+                    format!("The tunnel device is gone ({error}); it is made anew"),
+                ),
+                Some(Event::Failed(cause)) => Failure::new(
+                    ReasonCode::EngineFailed,
+                    format!("The packet engine stopped ({cause}); it is started anew"),
+                ),
+                None => {
+                    self.events = None;
+                    Failure::new(ReasonCode::EngineFailed, "The packet engine stopped; it is started anew")
+                }
+            };
+            return Fault::Broken(failure);
+        }
+    }
+
+    async fn health(&mut self) -> Vec<HealthItem> {
+        let mut items = Vec::new();
+        if let Some(warning) = self.resolvers.as_ref().and_then(|resolvers| resolvers.warning.as_ref()) {
+            items.push(item("resolvers", "warning", warning.to_string()));
+        }
+        let Some(desired) = self.desired.clone() else { return items };
+        if !desired.killswitch {
+            items.push(item("killswitch-off", "warning", "What does not go through the tunnel is not blocked"));
+        }
+        match self.network().await {
+            Ok(network) => match network.health(&desired).await {
+                Ok(found) => {
+                    items.extend(found.into_iter().map(|found| item(found.code, found.severity.as_str(), found.text)))
+                }
+                Err(error) => items.push(item("network-unreadable", "error", network::failure(&error).text)),
+            },
+            Err(failure) => items.push(item("network-unreadable", "error", failure.text)),
+        }
+        items
+    }
+
+    async fn tear_down(&mut self) -> Vec<String> {
+        self.stop_engine().await;
+        self.desired = None;
+        self.connector = None;
+        self.resolvers = None;
+        self.applied = false;
+        match self.network().await {
+            Ok(network) => {
+                network.clean_up().await.errors.iter().map(|error| crate::machine::failure::chain(error)).collect()
+            }
+            Err(failure) => vec![format!("Looking for what an earlier run may have left: {}", failure.text)],
+        }
+    }
+
+    fn facts(&self) -> Facts {
+        let desired = self.desired.as_ref().filter(|_| self.applied);
+        Facts {
+            firewall: self.network.as_ref().filter(|_| self.applied).map_or("", Network::firewall_name),
+            device: desired
+                .and_then(|desired| desired.tunnel.as_ref())
+                .map(|tunnel| tunnel.name.clone())
+                .unwrap_or_default(),
+            resolvers: desired.map(|desired| texts(&desired.exceptions.resolvers)).unwrap_or_default(),
+            blocking: desired.is_some_and(|desired| desired.killswitch),
+        }
+    }
+
+    fn inspector(&self) -> impl Inspector + use<> {
+        ProxyInspector::new(self.state_dir.clone(), self.engine.clone())
+    }
+}
+
+fn item(code: impl Into<String>, severity: &str, text: impl Into<String>) -> HealthItem {
+    HealthItem { code: code.into(), severity: severity.to_owned(), text: text.into() }
+}
+
+fn internal(what: &str) -> Failure {
+    Failure::new(ReasonCode::EngineFailed, format!("The daemon failed ({what}). Please report this"))
+}
