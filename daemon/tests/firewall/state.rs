@@ -1,10 +1,16 @@
 //! What the firewall leaves in the kernel, as text.
 
-use std::net::SocketAddr;
+use std::{
+    io::Write,
+    net::SocketAddr,
+    process::{Command, Stdio},
+    thread,
+    time::Duration,
+};
 
 use proxyvpnd::net::{
     desired::Desired,
-    firewall::{Backend, Programs, compile},
+    firewall::{Backend, Error, Programs, compile},
 };
 
 use crate::world::{World, desired, opted_in, sh};
@@ -142,5 +148,29 @@ fn each_backend_removes_what_another_made() {
                 assert_eq!(ruleset(), before, "made by {}, removed by {}", maker.name(), remover.name());
             }
         }
+    });
+}
+
+#[test]
+#[ignore = "needs root and makes network namespaces"]
+fn a_table_that_another_process_owns_is_told() {
+    opted_in();
+    let world = World::new();
+    world.host.run(|| {
+        let mut owner = Command::new("nft").arg("-i").stdin(Stdio::piped()).stdout(Stdio::null()).spawn().unwrap();
+        let mut stdin = owner.stdin.take().unwrap();
+        stdin.write_all(b"add table inet proxyvpn { flags owner; }\n").unwrap();
+        for _ in 0..100 {
+            if Backend::Nftnl.present().unwrap() {
+                break;
+            }
+            thread::sleep(Duration::from_millis(20));
+        }
+        let error = Backend::Nftnl.apply(&compile(&desired(), &[])).unwrap_err();
+        assert!(matches!(&error, Error::Refused { hint, .. } if hint.contains("another process owns")), "{error}");
+        assert!(Backend::Nftnl.remove().is_err());
+        drop(stdin);
+        owner.wait().unwrap();
+        Backend::Nftnl.apply(&compile(&desired(), &[])).unwrap();
     });
 }

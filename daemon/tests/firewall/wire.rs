@@ -130,6 +130,48 @@ fn nothing_is_forwarded() {
 
 #[test]
 #[ignore = "needs root and makes network namespaces"]
+fn what_is_forwarded_is_steered_like_the_rest_without_a_killswitch() {
+    opted_in();
+    let world = World::new();
+    let forward = || {
+        world.container.run(|| drop(connect("203.0.113.1:80", |_| Ok(()))));
+        world.seen().iter().any(|line| line == "tcp 203.0.113.1 80")
+    };
+    assert!(forward(), "not seen without a firewall");
+    world.steer();
+    for backend in backends() {
+        apply(&world, &backend, &Desired { killswitch: false, ..desired() });
+        assert!(!forward(), "{}: forwarded TCP carries our mark", backend.name());
+        world.host.run(|| backend.remove().unwrap());
+    }
+}
+
+#[test]
+#[ignore = "needs root and makes network namespaces"]
+fn what_gets_another_way_after_the_output_hook_is_dropped() {
+    opted_in();
+    let world = World::new();
+    // To the machine itself, so by loopback, until another program's NAT rule sends it away.
+    let send = || {
+        world.host.run(|| drop(datagram("192.0.2.1:8080", |_| Ok(()))));
+        world.seen().into_iter().filter(|line| !neighbours(line)).collect::<Vec<_>>()
+    };
+    world.host.run(|| {
+        crate::world::sh(
+            "nft 'add table ip nat; add chain ip nat out { type nat hook output priority -100; }
+             add rule ip nat out udp dport 8080 dnat to 203.0.113.9:80'",
+        )
+    });
+    assert_eq!(send(), ["udp 203.0.113.9 80"]);
+    for backend in backends() {
+        apply(&world, &backend, &desired());
+        assert!(send().is_empty(), "{}", backend.name());
+        world.host.run(|| backend.remove().unwrap());
+    }
+}
+
+#[test]
+#[ignore = "needs root and makes network namespaces"]
 fn the_tunnels_address_answers_on_the_tunnel_only() {
     opted_in();
     let world = World::new();

@@ -119,11 +119,18 @@ impl Netlink {
     }
 }
 
-/// What a kernel error on a part of the firewall means, and what helps.
-fn refused(what: String, errno: i32) -> Error {
+/// What a kernel error means, and what helps. `None`: it is about the whole transaction or request.
+fn refused(what: Option<&str>, errno: i32) -> Error {
     let source = io::Error::from_raw_os_error(errno);
+    let whole = what.is_none();
+    let what = what.unwrap_or("the whole request").to_owned();
     match Errno::from_raw_os_error(errno) {
-        Errno::PERM | Errno::ACCESS => Error::Privilege,
+        // The capability is asked for before the first part is looked at.
+        Errno::PERM | Errno::ACCESS if whole => Error::Privilege,
+        Errno::PERM | Errno::ACCESS => {
+            let hint = "; another process owns the table and only that one can change it: end it first".to_owned();
+            Error::Refused { what, hint, source }
+        }
         Errno::NOENT | Errno::OPNOTSUPP | Errno::PROTONOSUPPORT | Errno::AFNOSUPPORT => {
             let modules = modules(&what);
             let hint =
@@ -155,9 +162,10 @@ mod tests {
 
     #[test]
     fn names_missing_modules_and_the_missing_capability() {
-        let error = refused("inet proxyvpn prerouting fib daddr type local meta mark set 0x7076706e".to_owned(), 2);
+        let error = refused(Some("inet proxyvpn prerouting fib daddr type local meta mark set 0x7076706e"), 2);
         assert!(error.to_string().contains("modprobe nf_tables nft_fib_inet)"), "{error}");
-        assert!(matches!(refused("table".to_owned(), 1), Error::Privilege));
+        assert!(matches!(refused(None, 1), Error::Privilege));
+        assert!(refused(Some("table"), 1).to_string().contains("another process owns"));
         assert_eq!(TABLE.to_str(), Ok(crate::net::desired::NFT_TABLE));
     }
 }

@@ -75,7 +75,7 @@ impl Socket {
     pub(super) fn open() -> Result<Self, Error> {
         let fd = socket_with(AddressFamily::NETLINK, SocketType::RAW, SocketFlags::CLOEXEC, Some(netlink::NETFILTER))
             .map_err(|e| match e {
-            Errno::PROTONOSUPPORT | Errno::AFNOSUPPORT => refused("netlink socket".to_owned(), e.raw_os_error()),
+            Errno::PROTONOSUPPORT | Errno::AFNOSUPPORT => refused(Some("a netlink socket"), e.raw_os_error()),
             e => Error::Socket(e.into()),
         })?;
         bind(&fd, &SocketAddrNetlink::new(0, 0)).map_err(socket_error)?;
@@ -115,7 +115,7 @@ impl Socket {
                     Some(error) => {
                         // Message 0 is the begin: an error on it is one of the whole transaction.
                         let what = index.checked_sub(1).and_then(|i| labels.get(i));
-                        return Err(refused(what.map_or("the transaction", |w| w).to_owned(), error));
+                        return Err(refused(what.map(String::as_str), error));
                     }
                     None => {}
                 }
@@ -153,7 +153,7 @@ impl Socket {
                     u16_at(message, 6).unwrap_or(0) & (NLM_F_MULTI | NLM_F_DUMP_INTR) == NLM_F_MULTI | NLM_F_DUMP_INTR;
                 match errno(message) {
                     Some(0) => return Ok((!interrupted).then_some(answers)),
-                    Some(error) => return Err(refused("a listing of the firewall".to_owned(), error)),
+                    Some(error) => return Err(refused(None, error)),
                     None if answers.len() < MAX_MESSAGES => answers.push(message.to_vec()),
                     None => return Err(Error::Differs("too many rules to read".to_owned())),
                 }
