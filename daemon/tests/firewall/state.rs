@@ -42,21 +42,12 @@ fn states() -> Vec<Desired> {
 /// Without counters, which count.
 fn ruleset() -> String {
     let text = sh("nft list ruleset 2>/dev/null");
-    let words: Vec<&str> = text.split(' ').collect();
-    let mut kept: Vec<&str> = vec![];
-    let mut skip = 0;
-    for (index, word) in words.iter().enumerate() {
-        if skip > 0 {
-            skip -= 1;
-        } else if *word == "packets" && words.get(index + 2) == Some(&"bytes") {
-            // The number may end its line.
-            skip = 2;
-            kept.push("N");
-        } else {
-            kept.push(word);
-        }
-    }
-    kept.join(" ")
+    let line = |line: &str| {
+        let mut number = false;
+        let word = |word| if std::mem::replace(&mut number, ["packets", "bytes"].contains(&word)) { "N" } else { word };
+        line.split(' ').map(word).collect::<Vec<_>>().join(" ")
+    };
+    text.lines().map(line).collect::<Vec<_>>().join("\n")
 }
 
 /// Tables that another program has made, as nft and as iptables would.

@@ -148,6 +148,26 @@ fn what_is_forwarded_is_steered_like_the_rest_without_a_killswitch() {
 
 #[test]
 #[ignore = "needs root and makes network namespaces"]
+fn nothing_is_forwarded_into_the_tunnel() {
+    opted_in();
+    let world = World::new();
+    world.steer();
+    let forwarded = || {
+        let sent = || world.host.run(|| crate::world::sh("ip -s link show pvpn0 | tail -1 | awk '{print $2}'"));
+        let before = sent();
+        world.container.run(|| drop(connect("203.0.113.1:80", |_| Ok(()))));
+        sent() != before
+    };
+    assert!(forwarded(), "not seen without a firewall");
+    for backend in backends() {
+        apply(&world, &backend, &desired());
+        assert!(!forwarded(), "{}", backend.name());
+        world.host.run(|| backend.remove().unwrap());
+    }
+}
+
+#[test]
+#[ignore = "needs root and makes network namespaces"]
 fn what_gets_another_way_after_the_output_hook_is_dropped() {
     opted_in();
     let world = World::new();

@@ -290,4 +290,32 @@ mod tests {
         assert_eq!(installed.removal(), want);
         assert_eq!(Installed(vec![("filter", lines("-N DOCKER"))]).removal(), "");
     }
+
+    #[test]
+    fn any_difference_is_seen() {
+        let ruleset = compile(&desired(), &[]);
+        let text = script(&ruleset, Family::V4, |_, _, _| 0);
+        // What `iptables -S` says of it: only how rules are written differs.
+        let listed = |text: &str| {
+            let tables = text.split("COMMIT\n").zip(TABLES);
+            Installed(
+                tables
+                    .map(|(part, table)| (table, part.replace("-I ", "-A ").replace(" 1 -j", " -j")))
+                    .map(|(t, p)| (t, p.lines().map(str::to_owned).collect()))
+                    .collect(),
+            )
+        };
+        assert!(listed(&text).compare(&ruleset, Family::V4).is_ok());
+        for (what, from, to) in [
+            ("a rule less", "-A PROXYVPN-OUTPUT -o lo -j RETURN\n", ""),
+            ("a rule more", "-A PROXYVPN-OUTPUT -o lo", "-A PROXYVPN-OUTPUT -j RETURN\n-A PROXYVPN-OUTPUT -o lo"),
+            ("no drop", "-A PROXYVPN-POSTROUTING -j DROP", "-A PROXYVPN-POSTROUTING -j RETURN"),
+            ("no jump", "-I FORWARD 1 -j PROXYVPN-FORWARD\n", ""),
+            ("another's rule first", "-I FORWARD 1", "-A FORWARD -j ACCEPT\n-I FORWARD 1"),
+        ] {
+            let other = text.replace(from, to);
+            assert_ne!(other, text, "{what}");
+            assert!(matches!(listed(&other).compare(&ruleset, Family::V4), Err(Error::Differs(_))), "{what}");
+        }
+    }
 }

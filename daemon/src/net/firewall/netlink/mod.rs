@@ -54,7 +54,9 @@ impl Netlink {
         transaction.add(&table, MsgType::Add, "table inet proxyvpn");
         transaction.add_chains(&table, ruleset, true);
         let sent = self.0.commit(transaction)?;
-        self.compare(&sent)
+        let chains = self.0.request(request::chains(ProtoFamily::Inet))?;
+        let rules = self.0.request(request::rules(TABLE))?;
+        compare(&sent, &chains, &rules)
     }
 
     /// Removes the table; none is fine.
@@ -88,35 +90,33 @@ impl Netlink {
         }
         Ok(false)
     }
+}
 
-    /// Compares the installed chains and rules, expression by expression, with those that were sent.
-    fn compare(&mut self, sent: &[Vec<u8>]) -> Result<(), Error> {
-        let chains = self.0.request(request::chains(ProtoFamily::Inet))?;
-        let rules = self.0.request(request::rules(TABLE))?;
-        let table = TABLE.to_string_lossy();
-        let ours = |messages: &[Vec<u8>]| -> Vec<sys::Chain> {
-            messages.iter().filter_map(|m| sys::chain(m)).filter(|chain| chain.table == table).collect()
-        };
-        let (want, have) = (ours(sent), ours(&chains));
-        if want != have {
-            return Err(Error::Differs(format!("{} chains instead of {}, or of another kind", have.len(), want.len())));
-        }
-        for chain in &want {
-            let of = |messages: &[Vec<u8>]| -> Vec<sys::Rule> {
-                let all = messages.iter().filter_map(|m| sys::rule(m));
-                all.filter(|rule| rule.table == table && rule.chain == chain.name).collect()
-            };
-            let (want, have) = (of(sent), of(&rules));
-            if want.len() != have.len() {
-                let (want, have) = (want.len(), have.len());
-                return Err(Error::Differs(format!("chain {} has {have} rules instead of {want}", chain.name)));
-            }
-            if let Some(at) = want.iter().zip(&have).position(|(want, have)| want != have) {
-                return Err(Error::Differs(format!("rule {} of chain {}", at + 1, chain.name)));
-            }
-        }
-        Ok(())
+/// Compares chains and rules that are installed, expression by expression, with those that were sent.
+fn compare(sent: &[Vec<u8>], chains: &[Vec<u8>], rules: &[Vec<u8>]) -> Result<(), Error> {
+    let table = TABLE.to_string_lossy();
+    let ours = |messages: &[Vec<u8>]| -> Vec<sys::Chain> {
+        messages.iter().filter_map(|m| sys::chain(m)).filter(|chain| chain.table == table).collect()
+    };
+    let (want, have) = (ours(sent), ours(chains));
+    if want != have {
+        return Err(Error::Differs(format!("{} chains instead of {}, or of another kind", have.len(), want.len())));
     }
+    for chain in &want {
+        let of = |messages: &[Vec<u8>]| -> Vec<sys::Rule> {
+            let all = messages.iter().filter_map(|m| sys::rule(m));
+            all.filter(|rule| rule.table == table && rule.chain == chain.name).collect()
+        };
+        let (want, have) = (of(sent), of(rules));
+        if want.len() != have.len() {
+            let (want, have) = (want.len(), have.len());
+            return Err(Error::Differs(format!("chain {} has {have} rules instead of {want}", chain.name)));
+        }
+        if let Some(at) = want.iter().zip(&have).position(|(want, have)| want != have) {
+            return Err(Error::Differs(format!("rule {} of chain {}", at + 1, chain.name)));
+        }
+    }
+    Ok(())
 }
 
 /// What a kernel error means, and what helps. `None`: it is about the whole transaction or request.
@@ -157,8 +157,48 @@ fn modules(what: &str) -> String {
 }
 
 #[cfg(test)]
+#[allow(clippy::unwrap_used, reason = "a test fails by a panic")]
 mod tests {
     use super::*;
+    use crate::net::{
+        desired::Desired,
+        firewall::{compile, compile::tests::desired},
+    };
+
+    /// The messages of a transaction.
+    fn messages(desired: &Desired) -> Vec<Vec<u8>> {
+        let table = Table::new(TABLE, ProtoFamily::Inet);
+        let mut transaction = Transaction::default();
+        transaction.add_chains(&table, &compile(desired, &[]), true);
+        socket::messages(&transaction.finish().0).map(<[u8]>::to_vec).collect()
+    }
+
+    #[test]
+    fn any_difference_is_seen() {
+        let sent = messages(&desired());
+        compare(&sent, &sent, &sent).unwrap();
+        let mut user = desired();
+        user.exceptions.users = vec![14];
+        let mut net = desired();
+        net.exceptions.lan[0] = "192.168.7.0/25".parse().unwrap();
+        let off = Desired { killswitch: false, ..desired() };
+        let less = Desired { inbound_replies: false, ..desired() };
+        for (what, other) in [("user", user), ("net", net), ("chains", off), ("rules", less)] {
+            let other = messages(&other);
+            assert!(matches!(compare(&sent, &other, &other), Err(Error::Differs(_))), "{what}");
+        }
+        assert!(compare(&sent, &sent, &[]).is_err());
+        assert!(compare(&sent, &[], &[]).is_err());
+    }
+
+    #[test]
+    fn messages_cut_anywhere_are_refused_without_a_panic() {
+        for message in messages(&desired()) {
+            for length in 0..message.len() {
+                assert!(sys::chain(&message[..length]).is_none() && sys::rule(&message[..length]).is_none());
+            }
+        }
+    }
 
     #[test]
     fn names_missing_modules_and_the_missing_capability() {

@@ -43,7 +43,7 @@ pub(super) struct Socket {
 }
 
 /// Splits a buffer into messages; what is malformed ends it.
-fn messages(buffer: &[u8]) -> impl Iterator<Item = &[u8]> {
+pub(super) fn messages(buffer: &[u8]) -> impl Iterator<Item = &[u8]> {
     let mut rest = buffer;
     std::iter::from_fn(move || {
         let length = usize::try_from(u32_at(rest, 0)?).ok()?;
