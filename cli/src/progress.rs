@@ -42,7 +42,9 @@ impl Display {
         if !self.redraw || self.shown.is_empty() {
             return;
         }
-        let columns = rustix::termios::tcgetwinsize(io::stderr()).map_or(80, |size| usize::from(size.ws_col).max(20));
+        let columns = rustix::termios::tcgetwinsize(io::stderr()).map_or(0, |size| usize::from(size.ws_col));
+        // A terminal that does not know its size says 0.
+        let columns = if columns < 20 { 80 } else { columns };
         let line = format!("{}  {}", self.shown, text::span(self.started.elapsed().as_secs()));
         // One column stays free, or the terminal would wrap.
         let line: String = line.chars().take(columns - 1).collect();

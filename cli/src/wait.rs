@@ -102,9 +102,9 @@ pub(crate) async fn drive(
                 match &event {
                     Event::State { state, phase, .. } => shown = (state.clone(), phase.clone()),
                     Event::Progress(new) => progress = new.clone(),
-                    _ => {}
+                    Event::Other | Event::Vanished => {}
                 }
-                if matches!(event, Event::State { .. } | Event::Progress(_)) && tracker.begun_with(&event) {
+                if matches!(shown.0.as_str(), "connecting" | "disconnecting") {
                     display.show(&shown.0, &shown.1, progress.percent, &progress.summary);
                 }
                 tracker.event(&event)
@@ -134,11 +134,6 @@ struct Tracker {
 }
 
 impl Tracker {
-    fn begun_with(&self, event: &Event) -> bool {
-        let state = |name: &str| matches!(event, Event::State { state, .. } if state == name);
-        self.begun || state(State::Connecting.as_str()) || state(State::Disconnecting.as_str())
-    }
-
     fn event(&mut self, event: &Event) -> Option<Result<(), Failure>> {
         match event {
             Event::State { state, reason, .. } => {

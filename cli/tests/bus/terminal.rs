@@ -1,0 +1,61 @@
+//! What happens on a terminal: `script` of util-linux gives one.
+
+use std::process::Stdio;
+use std::time::Duration;
+
+use tokio::io::AsyncWriteExt as _;
+
+use crate::fake::{Daemon, Step, TestBus, finish};
+
+#[tokio::test]
+async fn progress_is_one_line_that_is_taken_away() {
+    let bus = TestBus::start();
+    let _daemon = Daemon::stepping(
+        &bus,
+        &[
+            Step::State("connecting", "create-tun", "", ""),
+            Step::Progress(40, ""),
+            Step::Pause(50),
+            Step::State("connected", "", "", ""),
+        ],
+    )
+    .await;
+    let mut command = tokio::process::Command::new("script");
+    command
+        .args(["-qec", &format!("{} connect office", env!("CARGO_BIN_EXE_proxyctl")), "/dev/null"])
+        .env("DBUS_SYSTEM_BUS_ADDRESS", &bus.address)
+        .env("TERM", "xterm")
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped());
+    let ran = finish(command.spawn().unwrap()).await;
+    assert_eq!(ran.code, 0, "{ran:?}");
+    assert!(ran.out.contains("\rconnecting: create-tun 40%  0 s\x1b[K"), "{ran:?}");
+    assert!(ran.out.contains("\r\x1b[Kconnected, profile office"), "{ran:?}");
+}
+
+#[tokio::test]
+async fn a_password_is_asked_for_without_echo() {
+    let bus = TestBus::start();
+    let daemon =
+        Daemon::stepping(&bus, &[Step::State("connecting", "", "", ""), Step::State("connected", "", "", "")]).await;
+    let mut command = tokio::process::Command::new("script");
+    let line = format!("{} connect office --password -; stty -a", env!("CARGO_BIN_EXE_proxyctl"));
+    command
+        .args(["-qec", &line, "/dev/null"])
+        .env("DBUS_SYSTEM_BUS_ADDRESS", &bus.address)
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped());
+    let mut child = command.spawn().unwrap();
+    let mut stdin = child.stdin.take().unwrap();
+    // Typed when it has been asked: the question throws away what came before.
+    tokio::time::sleep(Duration::from_millis(1500)).await;
+    stdin.write_all(b"hunter2\n").await.unwrap();
+    stdin.flush().await.unwrap();
+    let ran = finish(child).await;
+    drop(stdin);
+    assert_eq!(daemon.script.lock().unwrap().received, ["hunter2"], "{ran:?}");
+    assert!(ran.out.contains("Password for the proxy: ") && !ran.out.contains("hunter2"), "{ran:?}");
+    assert!(ran.out.contains(" echo ") && !ran.out.contains(" -echo "), "the terminal echoes again: {ran:?}");
+}
