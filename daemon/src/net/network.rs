@@ -319,3 +319,19 @@ fn sessions(desired: &Desired) -> Vec<(SocketAddr, SocketAddr)> {
         vec![]
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Questions are answered from other tasks than the one that applies.
+    #[test]
+    fn reading_can_be_done_from_any_task() {
+        fn send<T: Send>(_: impl Fn(&'static Network, &'static Desired) -> T) {}
+        fn shared<T: Send + Sync>() {}
+        shared::<Network>();
+        send(Network::plan);
+        send(Network::preflight);
+        send(Network::health);
+    }
+}
