@@ -71,15 +71,9 @@ pub enum Error {
     /// What was set is not there. What was done was taken back.
     #[error("the network was set, but reads back differently ({0}); does another program change it?")]
     Differs(String),
-    /// Something could not be removed.
-    #[error("removing `{what}` failed")]
-    Remove {
-        /// Layer and object.
-        what: String,
-        /// Why.
-        #[source]
-        source: io::Error,
-    },
+    /// Something was removed and is there again.
+    #[error("`{0}` was done, but it is still to be done; does another program put it back?")]
+    StillThere(String),
     /// The record of changes could not be written.
     #[error("writing the journal {path} failed")]
     Journal {

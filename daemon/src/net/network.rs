@@ -12,6 +12,9 @@ use super::kernel::{self, Kernel};
 use super::step::{Action, Change, Stage, Step};
 use super::{Error, plan, preflight, sockets};
 
+/// How often a plan is made and done before somebody else is at work.
+const ROUNDS: u32 = 3;
+
 /// The host's network: the connection to the kernel, the firewall and the journal.
 #[derive(Debug)]
 pub struct Network {
@@ -153,35 +156,38 @@ impl Network {
     }
 
     async fn apply_steps(&mut self, stage: Stage, desired: &Desired) -> Result<(), Error> {
-        let observed = self.kernel.observe().await?;
-        preflight::table_free(&observed)?;
-        let steps = plan::plan(&observed, desired);
-        let steps: Vec<Step> = steps.into_iter().filter(|step| step.stage() == stage).collect();
-        let undo = steps.iter().filter_map(Step::inverse).map(|step| step.line());
-        let before = self.journal.begin(undo)?;
-        let (done, result) = self.run_all(stage, &steps, desired).await;
-        let Err(error) = result else { return Ok(()) };
-        if self.undo(done).await {
+        let before = self.journal.begin([])?;
+        let mut begun = vec![];
+        let Err(error) = self.converge(stage, desired, &mut begun).await else { return Ok(()) };
+        if self.undo(&begun).await {
             self.journal.roll_back(before)?;
         }
         Err(error)
     }
 
-    /// Runs the steps. Gives those that were begun.
-    async fn run_all<'a>(&self, stage: Stage, steps: &'a [Step], desired: &Desired) -> (&'a [Step], Result<(), Error>) {
-        for (index, step) in steps.iter().enumerate() {
-            match self.kernel.run(step).await {
-                Err(error) if !kernel::already(step, &error) => {
-                    return (steps.get(..=index).unwrap_or(steps), Err(error));
+    /// Plans and does until nothing is left to do, which reads back what was done. Devices can come meanwhile, so that a
+    /// plan does not suffice at once. `begun` gets each step before it is done.
+    async fn converge(&mut self, stage: Stage, desired: &Desired, begun: &mut Vec<Step>) -> Result<(), Error> {
+        for round in 0.. {
+            let observed = self.kernel.observe().await?;
+            preflight::table_free(&observed)?;
+            let steps = plan::plan(&observed, desired).into_iter().filter(|step| step.stage() == stage);
+            let steps: Vec<Step> = steps.collect();
+            match steps.first() {
+                None => break,
+                Some(step) if round == ROUNDS => return Err(Error::Differs(step.line())),
+                Some(_) => {}
+            }
+            self.journal.begin(steps.iter().filter_map(Step::inverse).map(|step| step.line()))?;
+            for step in steps {
+                begun.push(step.clone());
+                match self.kernel.run(&step).await {
+                    Err(error) if !kernel::already(&step, &error) => return Err(error),
+                    _ => tracing::debug!(step = step.line(), "done"),
                 }
-                _ => tracing::debug!(step = step.line(), "done"),
             }
         }
-        let left = match self.kernel.observe().await {
-            Ok(observed) => plan::plan(&observed, desired).into_iter().find(|step| step.stage() == stage),
-            Err(error) => return (steps, Err(error)),
-        };
-        (steps, left.map_or(Ok(()), |step| Err(Error::Differs(step.line()))))
+        Ok(())
     }
 
     /// Takes steps back, newest first, and goes on after a failure. Gives whether all is back.
@@ -251,7 +257,7 @@ impl Network {
             match self.kernel.observe().await {
                 Ok(observed) => result
                     .errors
-                    .extend(plan::plan_removal(&observed).into_iter().map(|step| Error::Differs(step.line()))),
+                    .extend(plan::plan_removal(&observed).into_iter().map(|step| Error::StillThere(step.line()))),
                 Err(error) => result.errors.push(error),
             }
         }

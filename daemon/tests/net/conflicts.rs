@@ -91,6 +91,29 @@ fn a_foreign_route_in_our_table_is_refused() {
 
 #[test]
 #[ignore = "needs root and makes network namespaces"]
+fn one_capability_is_enough() {
+    let world = World::new();
+    world.host.run_async(async || {
+        sh("echo 1 > /proc/sys/net/ipv4/conf/up0/rp_filter");
+        let before = snapshot();
+        let whole = capabilities(None).unwrap();
+        let mut sets = whole;
+        sets.effective = CapabilitySet::NET_ADMIN;
+        set_capabilities(None, sets).unwrap();
+        let mut network = open(&world.state).await;
+        let fds = connect(&mut network, &desired()).await;
+        assert_eq!(network.firewall_name(), "nftnl");
+        assert!(network.plan(&desired()).await.unwrap().is_empty());
+        drop(fds);
+        let done = network.clean_up().await;
+        assert!(done.errors.is_empty(), "{:?}", done.errors);
+        set_capabilities(None, whole).unwrap();
+        assert_eq!(snapshot(), before);
+    });
+}
+
+#[test]
+#[ignore = "needs root and makes network namespaces"]
 fn without_the_capability_nothing_is_touched() {
     let world = World::new();
     world.host.run_async(async || {
