@@ -29,10 +29,9 @@ pub(crate) const LAN: &str = "198.51.100.128";
 pub(crate) const BYPASS_USER: u32 = 13;
 
 /// Stops a test that may not run; says so.
-pub(crate) fn opted_in() -> bool {
+pub(crate) fn opted_in() {
     let yes = std::env::var("PROXYVPN_PRIVILEGED_TESTS").is_ok_and(|v| v == "1");
     assert!(yes, "set PROXYVPN_PRIVILEGED_TESTS=1: this test needs root and makes network namespaces");
-    yes
 }
 
 /// A network namespace; it lives as long as its child process.
