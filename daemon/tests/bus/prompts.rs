@@ -1,0 +1,126 @@
+//! Questions that a person must answer: whoever waits for one delays nobody, and leaves nothing behind.
+
+use std::io::Read as _;
+use std::process::{Child, Command, Stdio};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use futures_util::StreamExt as _;
+use proxyvpn_dbus::names::MANAGER_PATH;
+use zbus::fdo::MonitoringProxy;
+use zbus::{MatchRule, MessageStream};
+
+use crate::world::{Options, World, call, client, manager, pipe, run};
+
+/// A program of `bob` on a terminal of its own: it starts an authentication agent for itself, then calls `Reconnect`.
+struct Asking {
+    child: Child,
+    screen: Arc<Mutex<String>>,
+}
+
+impl Asking {
+    fn start() -> Self {
+        let script = "pkttyagent --process $$ --notify-fd 5 5>/tmp/.agent.$$ & \
+                      sleep 0.5; \
+                      exec busctl --system --timeout=100 --allow-interactive-authorization=yes call \
+                      org.proxyvpn1 /org/proxyvpn1 org.proxyvpn1.Manager Reconnect";
+        let mut child = Command::new("setpriv")
+            .args(["--reuid=bob", "--regid=bob", "--init-groups", "script", "-qefc", script, "/dev/null"])
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap();
+        let screen = Arc::new(Mutex::new(String::new()));
+        let (mut output, shown) = (child.stdout.take().unwrap(), Arc::clone(&screen));
+        std::thread::spawn(move || {
+            let mut buffer = [0; 1024];
+            while let Ok(count @ 1..) = output.read(&mut buffer) {
+                shown.lock().unwrap().push_str(&String::from_utf8_lossy(&buffer[..count]));
+            }
+        });
+        Self { child, screen }
+    }
+
+    fn screen(&self) -> String {
+        self.screen.lock().unwrap().clone()
+    }
+
+    /// Waits until the terminal shows `text`.
+    async fn shows(&self, text: &str) {
+        for _ in 0..1000 {
+            if self.screen().contains(text) {
+                return;
+            }
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+        panic!("{text} is not on the screen: {}", self.screen());
+    }
+
+    /// Ends the terminal, and with it all that runs on it.
+    fn end(mut self) {
+        self.child.kill().unwrap();
+        self.child.wait().unwrap();
+    }
+}
+
+#[test]
+#[ignore = "needs root, dbus-daemon, polkitd and pkttyagent"]
+fn a_question_that_nobody_answers_delays_nobody_and_is_taken_back() {
+    run("prompts::a_question_that_nobody_answers_delays_nobody_and_is_taken_back", || async {
+        let world = World::new().await;
+        let monitor = client("root").await;
+        let rule =
+            MatchRule::try_from("interface='org.freedesktop.PolicyKit1.Authority',member='CancelCheckAuthorization'")
+                .unwrap();
+        MonitoringProxy::new(&monitor).await.unwrap().become_monitor(&[rule], 0).await.unwrap();
+        let mut cancelled = MessageStream::from(&monitor);
+
+        let alice = client("alice").await;
+        let asking = Asking::start();
+        asking.shows("Password:").await;
+
+        // While that question is open, others read, write and change the tree of objects.
+        let start = Instant::now();
+        let carol = client("carol").await;
+        manager(&carol, "Status", &()).await.unwrap();
+        let set = (proxyvpn_dbus::names::MANAGER, "State", zbus::Variant::from("connected"));
+        let error = call(&carol, MANAGER_PATH, "org.freedesktop.DBus.Properties", "Set", &set).await.unwrap_err();
+        assert!(error.contains("PropertyReadOnly"), "{error}");
+        let import = (pipe(crate::world::PROFILE), crate::world::options([("name", "new".into())]));
+        manager(&alice, "ImportProfile", &import).await.unwrap();
+        manager(&carol, "Disconnect", &(Options::new(),)).await.unwrap();
+        manager(&carol, "Status", &()).await.unwrap();
+        assert!(start.elapsed() < Duration::from_secs(2), "{:?}", start.elapsed());
+        assert_eq!(world.take_notes(), ["disconnect"]);
+
+        asking.end();
+        let cancel = tokio::time::timeout(Duration::from_secs(5), cancelled.next()).await;
+        assert!(cancel.is_ok_and(|message| message.is_some_and(|message| message.is_ok())), "the question stays open");
+        assert!(world.take_notes().is_empty(), "nobody allowed bob to reconnect");
+    });
+}
+
+#[test]
+#[ignore = "needs root, dbus-daemon, polkitd and pkttyagent"]
+fn one_user_has_four_questions_open_at_most() {
+    run("prompts::one_user_has_four_questions_open_at_most", || async {
+        let _world = World::new().await;
+        let mut open = Vec::new();
+        for _ in 0..4 {
+            let asking = Asking::start();
+            asking.shows("Password:").await;
+            open.push(asking);
+        }
+        let fifth = Asking::start();
+        fifth.shows("too many calls wait").await;
+        for asking in open {
+            asking.end();
+        }
+        tokio::time::sleep(Duration::from_millis(500)).await;
+        let again = Asking::start();
+        again.shows("Password:").await;
+        again.end();
+        fifth.end();
+    });
+}
