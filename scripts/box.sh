@@ -21,7 +21,7 @@ cgroup=/sys/fs/cgroup; [ ! -d $cgroup/unified ] || cgroup=$cgroup/unified
 
 leader() { cat "$RUN/$1/leader"; }
 inside() { local name=$1; shift; nsenter -t "$(leader "$name")" -a "$@"; }
-unit() { local name=$1; shift; inside "$name" systemd-run --quiet --pipe --wait --collect -E TERM=dumb "$@"; }
+unit() { local name=$1; shift; inside "$name" timeout 180 systemd-run --quiet --pipe --wait --collect -E TERM=dumb "$@"; }
 
 build() {
   # older than a month: made anew, with the distribution's updates
@@ -73,7 +73,7 @@ up() {
 down() {
   local name=$1 cg=$cgroup/proxyvpn-box-$1 nspawn
   nspawn=$(cat "$RUN/$name/nspawn" 2>/dev/null) || return 0
-  inside "$name" systemctl poweroff 2>/dev/null || true
+  timeout 10 nsenter -t "$(leader "$name")" -a systemctl poweroff 2>/dev/null || true
   for _ in $(seq 100); do kill -0 "$nspawn" 2>/dev/null || break; sleep 0.05; done
   kill -9 "$nspawn" 2>/dev/null || true
   # a killed nspawn leaves its PID 1; the cgroup is ours alone

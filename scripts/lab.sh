@@ -109,20 +109,28 @@ lab_up() {
     *) die "up: unknown argument '$1'" ;;
   esac; done
   need_root
-  [ ! -e "$LAB/net.outer" ] || lab_down
-  rm -rf "$LAB"; mkdir -p "$LAB"/{bin,home,logs,services,stage}; chmod 755 "$LAB"
+  lab_folder
   if [ -z "$stage" ]; then # enough for the bus to start
     stage=$LAB/stage; mkdir -p "$stage"/usr/{share/dbus-1,share/polkit-1,libexec}
   elif [ -x "$stage/usr/bin/proxyctl" ]; then cp "$stage/usr/bin/proxyctl" "$LAB/bin/"; fi
   echo "$stage" >"$LAB/stage.path"
-  make_secrets
-  # start_machine's machines outlive a lab.sh that is only a command; whoever sources this has a trap
-  start_machine net unshare --mount --net --pid --fork --kill-child --mount-proc --propagation private "$ROOT/scripts/lab.sh" inside-net
+  # the machines outlive a lab.sh that is only a command; whoever sources this has a trap
+  start_net
   start_machine app "$ROOT/scripts/private-bus.sh" --user alice --user mallory "$stage" "$ROOT/scripts/lab.sh" inside-app
   nsenter -t "$(lab_pid net)" -n ip link add wan0 type veth peer name eth0 netns "$(lab_pid app)" || die "no veth pair"
   : >"$LAB/wired"
   await_ready net; await_ready app
 }
+lab_folder() {
+  [ ! -e "$LAB/net.outer" ] || lab_down
+  rm -rf "$LAB"; mkdir -p "$LAB"/{bin,home,logs,services,stage}; chmod 755 "$LAB"
+  make_secrets
+}
+start_net() {
+  start_machine net unshare --mount --net --pid --fork --kill-child --mount-proc --propagation private "$ROOT/scripts/lab.sh" inside-net
+}
+# lab_net_up: only net; the caller brings the wire (wan0 in net), says so by the file 'wired', and awaits readiness
+lab_net_up() { lab_folder; start_net; }
 
 # ---- inside net ----
 as_daemon() { # as_daemon NAME CMD...: in the background of this machine, output to a log; 'lab.sh service' can end and start it
