@@ -22,6 +22,9 @@ mod sys;
 mod text;
 mod wait;
 
+#[cfg(test)]
+mod man;
+
 use std::io::Write as _;
 use std::process::ExitCode;
 
