@@ -144,8 +144,8 @@ impl Relay {
         }
         let mut more = true;
         for _ in 0..ROUNDS {
-            let sent = self.to_upstream();
-            let received = self.to_program();
+            let sent = self.feed_upstream();
+            let received = self.feed_program();
             self.sent += sent;
             self.received += received;
             counters.bytes_sent.add(sent);
@@ -194,7 +194,7 @@ impl Relay {
     }
 
     /// Program to upstream; the number of bytes taken.
-    fn to_upstream(&mut self) -> u64 {
+    fn feed_upstream(&mut self) -> u64 {
         let (mut total, upstream) = (0, &self.upstream);
         while !self.upstream_broken {
             let written = self.connection.receive(|bytes| match upstream.try_write(bytes) {
@@ -212,7 +212,7 @@ impl Relay {
     }
 
     /// Upstream to program; the number of bytes put into the ring.
-    fn to_program(&mut self) -> u64 {
+    fn feed_program(&mut self) -> u64 {
         let mut total = 0;
         while self.early_taken < self.early.len() {
             let rest = &self.early[self.early_taken..];

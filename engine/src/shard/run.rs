@@ -61,9 +61,10 @@ pub(crate) async fn run(mut shard: Shard<TunQueue>, mut inputs: Inputs) {
     let mut event = Some(Event::DeviceLost(error));
     loop {
         tokio::select! {
-            permit = inputs.events.reserve(), if event.is_some() => match (permit, event.take()) {
-                (Ok(permit), Some(event)) => permit.send(event),
-                _ => {}
+            permit = inputs.events.reserve(), if event.is_some() => {
+                if let (Ok(permit), Some(event)) = (permit, event.take()) {
+                    permit.send(event);
+                }
             },
             request = inputs.requests.recv() => match request {
                 // Dropping the sender would do as well; an empty list is the truth.

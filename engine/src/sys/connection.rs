@@ -112,7 +112,7 @@ impl Connection {
         if !self.can_send() {
             return None;
         }
-        self.socket_mut().send(|bytes| f(bytes)).ok()
+        self.socket_mut().send(f).ok()
     }
 
     /// Sends a FIN after what is queued.

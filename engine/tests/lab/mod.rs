@@ -116,10 +116,26 @@ impl Lab {
         self.start_with(mtu, true, Limits::default())
     }
 
+    /// Starts an engine on a device with or without offloads.
     pub fn start_with(&self, mtu: u16, offload: bool, limits: Limits) -> Running {
+        self.launch(mtu, limits, move || vec![builder(mtu).offload(offload).build_sync().unwrap()])
+    }
+
+    /// Starts an engine on several queues of a device.
+    pub fn start_queues(&self, mtu: u16, queues: usize) -> Running {
+        self.launch(mtu, Limits::default(), move || {
+            (0..queues).map(|_| builder(mtu).offload(true).multi_queue(true).build_sync().unwrap()).collect()
+        })
+    }
+
+    fn launch(
+        &self,
+        mtu: u16,
+        limits: Limits,
+        open: impl FnOnce() -> Vec<tun_rs::SyncDevice> + Send + 'static,
+    ) -> Running {
         let running = inside(&self.app, move || {
-            let device = tun_rs::DeviceBuilder::new().name("pvpn0").mtu(mtu).offload(offload).build_sync().unwrap();
-            let queue = owned(device);
+            let queues = open().into_iter().map(owned).collect();
             let connector = Connector {
                 upstream: Upstream::Direct,
                 mark: Some(MARK),
@@ -129,7 +145,7 @@ impl Lab {
             let config = Config { mtu, limits, connector: Arc::new(connector) };
             let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
             let (sender, events) = tokio::sync::mpsc::channel(8);
-            let engine = Engine::start(vec![queue], config, sender).unwrap();
+            let engine = Engine::start(queues, config, sender).unwrap();
             Running { runtime, engine, events }
         });
         let running = running.join().unwrap();
@@ -140,6 +156,24 @@ impl Lab {
         self.app("-6 route add fd88::/64 dev pvpn0");
         running
     }
+}
+
+fn builder(mtu: u16) -> tun_rs::DeviceBuilder {
+    tun_rs::DeviceBuilder::new().name("pvpn0").mtu(mtu)
+}
+
+/// How often the thread `name` of this process was put on a processor.
+pub fn switches_of(name: &str) -> u64 {
+    let mut total = None;
+    for task in std::fs::read_dir("/proc/self/task").unwrap() {
+        let status = std::fs::read_to_string(task.unwrap().path().join("status")).unwrap();
+        if status.lines().next() == Some(&format!("Name:\t{name}")) {
+            let counts = status.lines().filter(|line| line.contains("ctxt_switches"));
+            let sum: u64 = counts.map(|line| line.split_whitespace().last().unwrap().parse::<u64>().unwrap()).sum();
+            *total.get_or_insert(0) += sum;
+        }
+    }
+    total.unwrap_or_else(|| panic!("no thread {name}"))
 }
 
 impl Drop for Lab {
