@@ -24,6 +24,8 @@ pub mod secret;
 mod shard;
 mod sys;
 mod table;
+#[cfg(test)]
+mod testing;
 mod timer;
 pub mod upstream;
 

@@ -59,20 +59,32 @@ mod tests {
 
     use super::*;
 
+    fn v4(length: u16) -> Vec<u8> {
+        let mut original = vec![0x45, 0, 0, 0, 0, 0, 0, 0, 64, 17, 0, 0, 10, 0, 0, 1, 192, 0, 2, 9];
+        original[2..4].copy_from_slice(&length.to_be_bytes());
+        original.resize(length.into(), 0xaa);
+        port_unreachable(&original, "10.0.0.1".parse().unwrap(), "192.0.2.9".parse().unwrap()).unwrap()
+    }
+
     #[test]
     fn a_v4_answer_is_well_formed_and_quotes_the_packet() {
-        let mut original = vec![0x45, 0, 0x05, 0xdc, 0, 0, 0, 0, 64, 17, 0, 0, 10, 0, 0, 1, 192, 0, 2, 9];
-        original.resize(1500, 0xaa);
-        let answer = port_unreachable(&original, "10.0.0.1".parse().unwrap(), "192.0.2.9".parse().unwrap()).unwrap();
-        assert_eq!(answer.len(), 576);
+        let answer = v4(400);
         let ip = Ipv4Packet::new_checked(&answer[..]).unwrap();
         let repr = Ipv4Repr::parse(&ip, &ChecksumCapabilities::default()).unwrap();
         assert_eq!((repr.src_addr.to_string(), repr.dst_addr.to_string()), ("192.0.2.9".into(), "10.0.0.1".into()));
         let icmp = Icmpv4Packet::new_checked(ip.payload()).unwrap();
         let parsed = Icmpv4Repr::parse(&icmp, &ChecksumCapabilities::default()).unwrap();
-        let Icmpv4Repr::DstUnreachable { reason, header, .. } = parsed else { unreachable!("{parsed:?}") };
+        let Icmpv4Repr::DstUnreachable { reason, header, data } = parsed else { unreachable!("{parsed:?}") };
         assert_eq!(reason, Icmpv4DstUnreachable::PortUnreachable);
-        assert_eq!(header.dst_addr.to_string(), "192.0.2.9");
+        assert_eq!((header.dst_addr.to_string(), data.len()), ("192.0.2.9".into(), 380));
+    }
+
+    #[test]
+    fn a_long_v4_packet_is_quoted_in_part() {
+        let answer = v4(1500);
+        assert_eq!(answer.len(), 576);
+        assert_eq!(Ipv4Packet::new_checked(&answer[..]).unwrap().total_len(), 576);
+        assert!(Sum::default().add(&answer[20..]).is_valid());
     }
 
     #[test]

@@ -198,3 +198,180 @@ fn ipv6(packet: &[u8]) -> Result<Header<'_>, Drop> {
     destination.copy_from_slice(&fixed[24..40]);
     Ok((&packet[..total], 40, fixed[6], Ipv6Addr::from(source).into(), Ipv6Addr::from(destination).into()))
 }
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, clippy::panic, reason = "a failure here is the test's failure")]
+
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::testing::Packets;
+
+    fn v4() -> Packets {
+        Packets::new("10.0.0.1", "192.0.2.9")
+    }
+
+    fn v6() -> Packets {
+        Packets::new("fd00::1", "2001:db8::9")
+    }
+
+    fn segment(packet: &[u8], vouched_for: bool) -> Segment<'_> {
+        match parse(packet, vouched_for) {
+            Ok(Packet::Tcp(segment)) => segment,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[test]
+    fn a_syn_of_either_family_is_understood() {
+        for packets in [v4(), v6()] {
+            let packet = packets.syn(7);
+            let segment = segment(&packet, false);
+            assert!(segment.opens());
+            assert_eq!(segment.tuple, packets.tuple());
+            assert_eq!(segment.mss(), Some(1400));
+            assert_eq!(segment.headers, packet.len());
+        }
+    }
+
+    #[test]
+    fn bytes_behind_the_end_of_the_packet_are_cut_off() {
+        for packets in [v4(), v6()] {
+            let mut packet = packets.syn(7);
+            let length = packet.len();
+            packet.extend_from_slice(b"padding");
+            assert_eq!(segment(&packet, false).packet.len(), length);
+        }
+    }
+
+    #[test]
+    fn what_is_kept_of_a_syn_has_no_payload_and_is_a_packet_again() {
+        for packets in [v4(), v6()] {
+            let packet = packets.tcp(SYN, 7, 0, &[9; 1000]);
+            let kept = segment(&packet, false).without_payload();
+            assert_eq!(kept.len(), packet.len() - 1000);
+            let mut kept = kept.to_vec();
+            if !packets.tuple().is_v6() {
+                // Stale on purpose: the stack does not verify it again.
+                crate::testing::fix_header(&mut kept);
+            }
+            assert_eq!(segment(&kept, true).packet.len(), kept.len());
+        }
+    }
+
+    #[test]
+    fn a_wrong_checksum_counts_unless_someone_vouches_for_it() {
+        for packets in [v4(), v6()] {
+            let mut packet = packets.tcp(ACK, 7, 8, b"hello");
+            *packet.last_mut().unwrap() ^= 1;
+            assert_eq!(parse(&packet, false), Err(Drop::Checksum));
+            assert!(parse(&packet, true).is_ok());
+        }
+        let mut packet = v4().syn(7);
+        packet[8] ^= 1;
+        assert_eq!(parse(&packet, true), Err(Drop::Checksum), "nobody vouches for an IPv4 header");
+    }
+
+    #[test]
+    fn fragments_are_dropped() {
+        for bits in [[0x20, 0], [0, 1], [0x1f, 0xff]] {
+            let mut packet = v4().syn(7);
+            packet[6..8].copy_from_slice(&bits);
+            crate::testing::fix_header(&mut packet);
+            assert_eq!(parse(&packet, true), Err(Drop::Fragment));
+        }
+        let mut packet = v4().syn(7);
+        packet[6..8].copy_from_slice(&[0x40, 0]);
+        crate::testing::fix_header(&mut packet);
+        assert!(parse(&packet, true).is_ok(), "don't fragment is no fragment");
+        let mut packet = v6().syn(7);
+        packet[6] = 44;
+        assert_eq!(parse(&packet, true), Err(Drop::Fragment));
+    }
+
+    #[test]
+    fn groups_and_impossible_addresses_are_dropped() {
+        for (source, destination, reason) in [
+            ("10.0.0.1", "224.0.0.1", Drop::Multicast),
+            ("10.0.0.1", "255.255.255.255", Drop::Multicast),
+            ("fd00::1", "ff02::1", Drop::Multicast),
+            ("10.0.0.1", "0.0.0.0", Drop::Address),
+            ("0.0.0.0", "192.0.2.9", Drop::Address),
+            ("224.0.0.1", "192.0.2.9", Drop::Address),
+            ("255.255.255.255", "192.0.2.9", Drop::Address),
+            ("::", "2001:db8::9", Drop::Address),
+            ("fd00::1", "::", Drop::Address),
+            ("ff02::1", "2001:db8::9", Drop::Address),
+        ] {
+            assert_eq!(parse(&Packets::new(source, destination).syn(7), false), Err(reason), "{source} {destination}");
+        }
+    }
+
+    #[test]
+    fn lengths_that_cannot_be_are_malformed() {
+        for packets in [v4(), v6()] {
+            let packet = packets.syn(7);
+            for length in 0..packet.len() {
+                assert_eq!(parse(&packet[..length], true), Err(Drop::Malformed), "cut to {length}");
+            }
+            let mut packet = packets.syn(7);
+            let offset = packet.len() - 24 + 12;
+            for words in [0, 4, 7, 15] {
+                packet[offset] = words << 4;
+                assert_eq!(parse(&packet, true), Err(Drop::Malformed), "{words} words of TCP header");
+            }
+        }
+    }
+
+    #[test]
+    fn other_protocols_are_not_tcp() {
+        for next in [0, 43, 50, 58, 60] {
+            let mut packet = v6().syn(7);
+            packet[6] = next;
+            assert_eq!(parse(&packet, true), Err(Drop::NotTcp));
+        }
+        let mut packet = v4().syn(7);
+        packet[9] = 1;
+        crate::testing::fix_header(&mut packet);
+        assert_eq!(parse(&packet, true), Err(Drop::NotTcp));
+    }
+
+    #[test]
+    fn broken_options_give_no_mss() {
+        for options in [[2, 4, 5, 0xb4], [1, 1, 1, 0], [2, 0, 0, 0], [2, 3, 0, 0], [9, 200, 0, 0], [1, 1, 1, 2]] {
+            let mut packet = v4().syn(7);
+            let end = packet.len();
+            packet[end - 4..].copy_from_slice(&options);
+            let expected = (options == [2, 4, 5, 0xb4]).then_some(1460);
+            assert_eq!(segment(&packet, true).mss(), expected, "{options:?}");
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn random_bytes_never_panic(mut bytes in proptest::collection::vec(any::<u8>(), 0..200), version in any::<bool>()) {
+            if let Some(first) = bytes.first_mut() {
+                *first = if version { 0x60 | (*first & 15) } else { 0x40 | (*first & 15) };
+            }
+            if let Ok(Packet::Tcp(segment)) = parse(&bytes, true) {
+                segment.mss();
+                segment.without_payload();
+            }
+        }
+
+        #[test]
+        fn a_damaged_packet_never_panics(six in any::<bool>(), at in 0_usize..64, byte in any::<u8>(), vouched in any::<bool>()) {
+            let mut packet = if six { v6() } else { v4() }.syn(7);
+            let length = packet.len();
+            packet[at % length] = byte;
+            if !six {
+                crate::testing::fix_header(&mut packet);
+            }
+            if let Ok(Packet::Tcp(segment)) = parse(&packet, vouched) {
+                segment.mss();
+                segment.without_payload();
+            }
+        }
+    }
+}

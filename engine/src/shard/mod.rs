@@ -8,3 +8,5 @@
 pub(crate) mod core;
 mod ready;
 pub(crate) mod run;
+#[cfg(test)]
+mod tests;

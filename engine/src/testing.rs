@@ -1,0 +1,224 @@
+//! Doubles for tests: packets of a program, a device, an upstream.
+
+#![allow(clippy::unwrap_used, reason = "a failure here is the test's failure")]
+
+use std::cell::RefCell;
+use std::collections::VecDeque;
+use std::io;
+use std::net::{IpAddr, SocketAddr};
+use std::rc::Rc;
+use std::sync::{Arc, Mutex};
+
+use smoltcp::phy::ChecksumCapabilities;
+use smoltcp::wire::{
+    IpAddress, IpProtocol, IpRepr, Ipv4Packet, Ipv4Repr, Ipv6Packet, Ipv6Repr, TcpControl, TcpPacket, TcpRepr,
+    TcpSeqNumber,
+};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::oneshot;
+
+use crate::device::Queue;
+use crate::packet::checksum::Sum;
+use crate::packet::parse::{ACK, FIN, RST, SYN, Tuple};
+use crate::shard::core::{Dial, Outcome};
+use crate::upstream::{ConnectError, Target, Tunnel};
+
+/// Makes the packets of one program's connection.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Packets {
+    pub(crate) source: IpAddr,
+    pub(crate) destination: IpAddr,
+    pub(crate) source_port: u16,
+}
+
+impl Packets {
+    pub(crate) fn new(source: &str, destination: &str) -> Self {
+        Self { source: source.parse().unwrap(), destination: destination.parse().unwrap(), source_port: 4000 }
+    }
+
+    pub(crate) fn tuple(&self) -> Tuple {
+        Tuple {
+            source: self.source,
+            destination: self.destination,
+            source_port: self.source_port,
+            destination_port: 80,
+        }
+    }
+
+    /// A SYN with sequence number `seq` and an MSS of 1400.
+    pub(crate) fn syn(&self, seq: i32) -> Vec<u8> {
+        self.tcp(SYN, seq, 0, &[])
+    }
+
+    /// A segment.
+    pub(crate) fn tcp(&self, flags: u8, seq: i32, ack: i32, payload: &[u8]) -> Vec<u8> {
+        let control = match flags & (SYN | FIN | RST) {
+            SYN => TcpControl::Syn,
+            FIN => TcpControl::Fin,
+            RST => TcpControl::Rst,
+            _ => TcpControl::None,
+        };
+        let tcp = TcpRepr {
+            src_port: self.source_port,
+            dst_port: 80,
+            control,
+            seq_number: TcpSeqNumber(seq),
+            ack_number: (flags & ACK != 0).then_some(TcpSeqNumber(ack)),
+            window_len: 60_000,
+            window_scale: None,
+            max_seg_size: (flags & SYN != 0).then_some(1400),
+            sack_permitted: false,
+            sack_ranges: [None; 3],
+            timestamp: None,
+            payload,
+        };
+        self.ip(IpProtocol::Tcp, tcp.buffer_len(), |buffer| {
+            tcp.emit(
+                &mut TcpPacket::new_unchecked(buffer),
+                &IpAddress::from(self.source),
+                &IpAddress::from(self.destination),
+                &ChecksumCapabilities::default(),
+            );
+        })
+    }
+
+    /// A UDP packet.
+    pub(crate) fn udp(&self, payload: &[u8]) -> Vec<u8> {
+        self.ip(IpProtocol::Udp, 8 + payload.len(), |buffer| {
+            buffer[..2].copy_from_slice(&self.source_port.to_be_bytes());
+            buffer[2..4].copy_from_slice(&443_u16.to_be_bytes());
+            buffer[4..6].copy_from_slice(&(8 + payload.len() as u16).to_be_bytes());
+            buffer[8..].copy_from_slice(payload);
+        })
+    }
+
+    fn ip(&self, protocol: IpProtocol, length: usize, emit: impl FnOnce(&mut [u8])) -> Vec<u8> {
+        let ip = IpRepr::new(self.source.into(), self.destination.into(), protocol, length, 64);
+        let mut packet = vec![0; ip.buffer_len()];
+        ip.emit(&mut packet[..], &ChecksumCapabilities::default());
+        emit(&mut packet[ip.header_len()..]);
+        packet
+    }
+}
+
+/// Corrects the checksum of an IPv4 header, as far as there is one.
+pub(crate) fn fix_header(packet: &mut [u8]) {
+    let length = packet.first().map_or(0, |byte| usize::from(byte & 15) * 4);
+    if length >= 20 && packet.len() >= length {
+        packet[10..12].fill(0);
+        let sum = Sum::default().add(&packet[..length]).checksum();
+        packet[10..12].copy_from_slice(&sum.to_be_bytes());
+    }
+}
+
+/// A TCP segment that the engine sent.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Sent {
+    pub(crate) tuple: Tuple,
+    pub(crate) flags: u8,
+    pub(crate) seq: i32,
+    pub(crate) ack: i32,
+    pub(crate) payload: Vec<u8>,
+}
+
+/// Takes a complete TCP packet of the engine's apart; its checksums must be right.
+pub(crate) fn read_tcp(packet: &[u8]) -> Sent {
+    let all = ChecksumCapabilities::default();
+    let (source, destination, payload): (IpAddr, IpAddr, _) = if packet[0] >> 4 == 4 {
+        let ip = Ipv4Packet::new_checked(packet).unwrap();
+        let repr = Ipv4Repr::parse(&ip, &all).unwrap();
+        (repr.src_addr.into(), repr.dst_addr.into(), ip.payload())
+    } else {
+        let ip = Ipv6Packet::new_checked(packet).unwrap();
+        let repr = Ipv6Repr::parse(&ip).unwrap();
+        (repr.src_addr.into(), repr.dst_addr.into(), ip.payload())
+    };
+    let tcp = TcpPacket::new_checked(payload).unwrap();
+    TcpRepr::parse(&tcp, &source.into(), &destination.into(), &all).unwrap();
+    let flags = [(tcp.fin(), FIN), (tcp.syn(), SYN), (tcp.rst(), RST), (tcp.ack(), ACK)];
+    Sent {
+        tuple: Tuple { source, destination, source_port: tcp.src_port(), destination_port: tcp.dst_port() },
+        flags: flags.iter().filter(|(set, _)| *set).map(|(_, bit)| bit).sum(),
+        seq: tcp.seq_number().0,
+        ack: tcp.ack_number().0,
+        payload: tcp.payload().to_vec(),
+    }
+}
+
+/// A device that keeps what is written.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Double(Rc<RefCell<DoubleState>>);
+
+#[derive(Debug, Default)]
+struct DoubleState {
+    written: VecDeque<Vec<u8>>,
+    error: Option<i32>,
+}
+
+impl Double {
+    /// The oldest frame.
+    pub(crate) fn next(&self) -> Option<Vec<u8>> {
+        self.0.borrow_mut().written.pop_front()
+    }
+
+    /// Every frame, as TCP.
+    pub(crate) fn take_tcp(&self) -> Vec<Sent> {
+        self.0.borrow_mut().written.drain(..).map(|frame| read_tcp(&frame)).collect()
+    }
+
+    /// What writing gives from now on.
+    pub(crate) fn fail(&self, errno: Option<i32>) {
+        self.0.borrow_mut().error = errno;
+    }
+}
+
+impl Queue for Double {
+    fn read(&self, _: &mut [u8]) -> io::Result<usize> {
+        Err(io::ErrorKind::WouldBlock.into())
+    }
+
+    fn write(&self, frame: &[u8]) -> io::Result<()> {
+        let mut state = self.0.borrow_mut();
+        if let Some(errno) = state.error {
+            return Err(io::Error::from_raw_os_error(errno));
+        }
+        state.written.push_back(frame.to_vec());
+        Ok(())
+    }
+}
+
+/// Attempts that wait for the test to answer them.
+#[derive(Clone, Default)]
+pub(crate) struct Attempts(Arc<Mutex<VecDeque<(Target, oneshot::Sender<Outcome>)>>>);
+
+impl Attempts {
+    /// The way to this upstream.
+    pub(crate) fn dial(&self) -> Dial {
+        let attempts = self.clone();
+        Arc::new(move |target| {
+            let (answer, answered) = oneshot::channel();
+            attempts.0.lock().unwrap().push_back((target, answer));
+            Box::pin(async move {
+                let refused = |_| Err(ConnectError::Forbidden([127, 0, 0, 1].into()));
+                answered.await.unwrap_or_else(refused)
+            })
+        })
+    }
+
+    /// The oldest attempt.
+    pub(crate) fn next(&self) -> Option<(Target, oneshot::Sender<Outcome>)> {
+        self.0.lock().unwrap().pop_front()
+    }
+
+    pub(crate) fn len(&self) -> usize {
+        self.0.lock().unwrap().len()
+    }
+}
+
+/// A tunnel and the far end of it.
+pub(crate) async fn tunnel(early: &[u8]) -> (Tunnel, TcpStream) {
+    let listener = TcpListener::bind(SocketAddr::from(([127, 0, 0, 1], 0))).await.unwrap();
+    let stream = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
+    let (far, _) = listener.accept().await.unwrap();
+    (Tunnel { stream, early: early.to_vec() }, far)
+}
