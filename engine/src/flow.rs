@@ -21,6 +21,8 @@ pub(crate) struct Flow {
     pub(crate) armed: Armed,
     /// True while it is on the list of flows to be looked at.
     pub(crate) dirty: bool,
+    /// True while it is on the list of flows that wait for the device.
+    pub(crate) stalled: bool,
     /// How far it is.
     pub(crate) stage: Stage,
 }

@@ -187,9 +187,11 @@ impl Queue for Double {
     }
 }
 
+type Waiting = VecDeque<(Target, oneshot::Sender<Outcome>)>;
+
 /// Attempts that wait for the test to answer them.
 #[derive(Clone, Default)]
-pub(crate) struct Attempts(Arc<Mutex<VecDeque<(Target, oneshot::Sender<Outcome>)>>>);
+pub(crate) struct Attempts(Arc<Mutex<Waiting>>);
 
 impl Attempts {
     /// The way to this upstream.

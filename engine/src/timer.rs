@@ -26,14 +26,22 @@ impl Timers {
         }
     }
 
-    /// The next time at which [`expired`](Self::expired) has something.
-    pub(crate) fn next(&self) -> Option<Instant> {
-        self.heap.peek().map(|Reverse((deadline, _))| *deadline)
+    /// The earliest entry that still counts: `armed` gives a flow's, or `None` for a flow that is gone. Stale ones before it are
+    /// thrown away, so that nobody wakes up for them.
+    pub(crate) fn next(&mut self, mut armed: impl FnMut(FlowId) -> Option<Armed>) -> Option<Instant> {
+        while let Some(&Reverse((deadline, id))) = self.heap.peek() {
+            if armed(id) == Some(Armed(Some(deadline))) {
+                return Some(deadline);
+            }
+            self.heap.pop();
+        }
+        None
     }
 
     /// A flow whose entry came up, with that entry's time; the flow then calls [`Armed::fired`].
     pub(crate) fn expired(&mut self, now: Instant) -> Option<(Instant, FlowId)> {
-        if self.next()? > now {
+        let Reverse((deadline, _)) = self.heap.peek()?;
+        if *deadline > now {
             return None;
         }
         self.heap.pop().map(|Reverse(entry)| entry)
@@ -66,13 +74,24 @@ mod tests {
         timers.arm(&mut armed, id, at(60));
         timers.arm(&mut armed, id, at(20));
         assert_eq!(timers.heap.len(), 2);
-        assert_eq!(timers.next(), Some(at(20)));
+        assert_eq!(timers.next(|_| Some(armed)), Some(at(20)));
         assert_eq!(timers.expired(at(19)), None);
 
         assert_eq!(timers.expired(at(20)), Some((at(20), id)));
         assert!(armed.fired(at(20)));
         assert_eq!(timers.expired(at(50)), Some((at(50), id)));
         assert!(!armed.fired(at(50)), "a stale entry must not fire");
-        assert_eq!(timers.next(), None);
+        assert_eq!(timers.next(|_| Some(armed)), None);
+    }
+
+    #[test]
+    fn nobody_wakes_up_for_stale_entries() {
+        let mut timers = Timers::default();
+        let (gone, alive) = (FlowId { index: 1, generation: 1 }, FlowId { index: 2, generation: 2 });
+        let (mut first, mut second) = (Armed::default(), Armed::default());
+        timers.arm(&mut first, gone, at(10));
+        timers.arm(&mut second, alive, at(30));
+        assert_eq!(timers.next(|id| (id == alive).then_some(second)), Some(at(30)));
+        assert_eq!(timers.heap.len(), 1);
     }
 }

@@ -27,7 +27,7 @@ use crate::packet::parse::{self, Drop as Reason, Packet, RST, Segment};
 use crate::relay::{End, Pumped, Relay};
 use crate::sys::{Connection, Slab};
 use crate::table::{FlowId, Table};
-use crate::timer::Timers;
+use crate::timer::{Armed, Timers};
 use crate::upstream::{ConnectError, Target, Tunnel};
 
 /// Probes an idle program so often: a RST of its kernel's may have been lost.
@@ -40,6 +40,11 @@ const TICK: smoltcp::time::Duration = smoltcp::time::Duration::from_millis(1);
 const DEFAULT_MSS: u16 = 536;
 /// What smoltcp (like Linux) raises a smaller MSS to.
 const MIN_MSS: u16 = 48;
+
+/// Flows that are looked at in one turn.
+const FLOWS: usize = 64;
+/// Refusals told to the log per second.
+const LOG_RATE: u32 = 5;
 
 /// The way to an upstream: the seam between flows and [`Connector`](crate::upstream::Connector).
 pub(crate) type Dial = Arc<dyn Fn(Target) -> Attempt + Send + Sync>;
@@ -83,6 +88,7 @@ pub(crate) struct Shard<Q> {
     v6: Stack,
     nobody: SocketSet<'static>,
     unreachable: Bucket,
+    log: Bucket,
     limits: Limits,
     dial: Dial,
     outcomes: UnboundedSender<(FlowId, Outcome)>,
@@ -140,6 +146,7 @@ impl<Q: Queue> Shard<Q> {
             v6,
             nobody: SocketSet::new(Vec::new()),
             unreachable: Bucket::new(UNREACHABLE_RATE, now),
+            log: Bucket::new(LOG_RATE, now),
             limits: parts.limits,
             dial: parts.dial,
             outcomes: parts.outcomes,
@@ -237,7 +244,14 @@ impl<Q: Queue> Shard<Q> {
                 let _ = outcomes.send((id, outcome));
             });
             let pending = Pending::new(segment.without_payload(), attempt.abort_handle(), now);
-            Flow { tuple, since: now, armed: Default::default(), dirty: false, stage: Stage::Pending(pending) }
+            Flow {
+                tuple,
+                since: now,
+                armed: Armed::default(),
+                dirty: false,
+                stalled: false,
+                stage: Stage::Pending(pending),
+            }
         });
         self.pending += 1;
         self.arm(now, id);
@@ -246,18 +260,15 @@ impl<Q: Queue> Shard<Q> {
     /// The upstream answered the attempt of `id`.
     pub(crate) fn connected(&mut self, now: Instant, id: FlowId, outcome: Outcome) {
         let Some(flow) = self.table.get_mut(id) else {
-            self.record(outcome);
+            self.record(now, outcome);
             return;
         };
         let Stage::Pending(pending) = &mut flow.stage else { return };
         let (syn, tuple) = (std::mem::take(&mut pending.syn), flow.tuple);
-        let counter = match &outcome {
-            Ok(_) => None,
-            Err(ConnectError::Local { .. }) => Some(&self.counters.flows_refused_no_socket),
-            Err(_) => Some(&self.counters.flows_refused),
-        };
-        let Some(tunnel) = self.record(outcome) else {
-            counter.inspect(|counter| counter.increment());
+        let no_socket = matches!(outcome, Err(ConnectError::Local { .. }));
+        let Some(tunnel) = self.record(now, outcome) else {
+            let counters = &self.counters;
+            if no_socket { &counters.flows_refused_no_socket } else { &counters.flows_refused }.increment();
             self.remove(id);
             self.refuse(now, &syn, tuple.is_v6());
             return;
@@ -282,14 +293,16 @@ impl<Q: Queue> Shard<Q> {
         self.ingress(now, id, &syn, false);
     }
 
-    fn record(&self, outcome: Outcome) -> Option<Tunnel> {
+    fn record(&mut self, now: Instant, outcome: Outcome) -> Option<Tunnel> {
         match outcome {
             Ok(tunnel) => {
                 self.health.record(Ok(&tunnel));
                 Some(tunnel)
             }
             Err(error) => {
-                tracing::debug!(error = &error as &dyn std::error::Error, "upstream refused");
+                if self.log.take(now) {
+                    tracing::info!(error = &error as &dyn std::error::Error, "a connection was refused");
+                }
                 self.health.record(Err(error));
                 None
             }
@@ -331,11 +344,15 @@ impl<Q: Queue> Shard<Q> {
     /// The device takes packets again.
     pub(crate) fn unblocked(&mut self) {
         for id in std::mem::take(&mut self.stalled) {
+            if let Some(flow) = self.table.get_mut(id) {
+                flow.stalled = false;
+            }
             self.mark(id);
         }
     }
 
-    /// Looks at every flow that has news: woken, expired, or fed. Each once.
+    /// Looks at flows that have news: woken, expired, or fed. First come, first served, and at most [`FLOWS`] before the
+    /// device gets its turn again.
     pub(crate) fn turn(&mut self, now: Instant) {
         let mut woken = std::mem::take(&mut self.woken);
         self.ready.take(&mut woken);
@@ -348,7 +365,7 @@ impl<Q: Queue> Shard<Q> {
                 self.mark(id);
             }
         }
-        for _ in 0..self.dirty.len() {
+        for _ in 0..self.dirty.len().min(FLOWS) {
             let Some(id) = self.dirty.pop_front() else { break };
             self.look_at(now, id);
         }
@@ -372,7 +389,12 @@ impl<Q: Queue> Shard<Q> {
                         self.remove(id);
                     }
                     Pumped::Again => self.mark(id),
-                    Pumped::Wait if self.sender.is_blocked() => self.stalled.push(id),
+                    Pumped::Wait if self.sender.is_blocked() => {
+                        if !flow.stalled {
+                            flow.stalled = true;
+                            self.stalled.push(id);
+                        }
+                    }
                     Pumped::Wait => self.arm(now, id),
                 }
             }
@@ -403,8 +425,8 @@ impl<Q: Queue> Shard<Q> {
     }
 
     /// When [`turn`](Self::turn) must be called even if nothing happens.
-    pub(crate) fn next_deadline(&self) -> Option<Instant> {
-        self.timers.next()
+    pub(crate) fn next_deadline(&mut self) -> Option<Instant> {
+        self.timers.next(|id| self.table.get_mut(id).map(|flow| flow.armed))
     }
 
     fn remove(&mut self, id: FlowId) {
