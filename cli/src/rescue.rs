@@ -72,13 +72,13 @@ async fn stop_unit() -> Result<(), Failure> {
         return Err(Failure::new(Exit::Failure, "systemd runs, but there is no systemctl: the unit is not stopped"));
     };
     let run = |args: &[&str]| command(systemctl).args(args).stderr(Stdio::null()).output();
-    let state = tokio::time::timeout(STOP, run(&["show", "--property=LoadState,ActiveState", "--value", UNIT])).await;
+    let state = tokio::time::timeout(STOP, run(&["show", "--property=LoadState,ActiveState", UNIT])).await;
     let Ok(Ok(state)) = state else {
         return Err(Failure::new(Exit::Failure, "systemd does not answer: the unit is not stopped"));
     };
     let state = String::from_utf8_lossy(&state.stdout);
-    let mut state = state.lines();
-    if state.next() != Some("loaded") || state.next() == Some("inactive") {
+    let has = |line: &str| state.lines().any(|known| known == line);
+    if !has("LoadState=loaded") || has("ActiveState=inactive") {
         return Ok(());
     }
     match tokio::time::timeout(STOP, run(&["stop", UNIT])).await {

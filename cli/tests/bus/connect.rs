@@ -95,7 +95,8 @@ async fn a_password_on_the_command_line_is_warned_about_and_in_a_url_refused() {
 
 #[tokio::test]
 async fn every_error_name_has_its_exit_code() {
-    let cases: [(fn(String) -> Error, i32); 11] = [
+    type Named = fn(String) -> Error;
+    let cases: [(Named, i32); 11] = [
         (Error::NotAuthorized, 4),
         (Error::NoSuchProfile, 1),
         (Error::InvalidProfile, 1),
