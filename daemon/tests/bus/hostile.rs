@@ -21,8 +21,11 @@ fn huge_arguments_cost_nothing() {
             let error = manager(&alice, "RemoveProfile", &(&name,)).await.unwrap_err();
             assert!(error.starts_with("org.proxyvpn1.Error.LimitExceeded"), "{size}: {}", &error[..80]);
         }
-        // The bus itself ends a connection that sends this.
+        // Before polkit is asked: what waits for a person must not hold memory.
         let big = client("mallory").await;
+        let error = manager(&big, "RemoveProfile", &("x".repeat(65 * 1024),)).await.unwrap_err();
+        assert!(error.starts_with("org.proxyvpn1.Error.LimitExceeded"), "{error}");
+        // The bus itself ends a connection that sends this.
         let name = "x".repeat(64 * 1024 * 1024);
         let body = (&name, Options::new());
         let sent = tokio::time::timeout(

@@ -20,8 +20,8 @@ struct Asking {
 
 impl Asking {
     fn start() -> Self {
-        let script = "pkttyagent --process $$ --notify-fd 5 5>/tmp/.agent.$$ & \
-                      sleep 0.5; \
+        // The agent closes the descriptor when it is registered; then `cat` ends.
+        let script = "{ pkttyagent --process $$ --notify-fd 5 5>&1 >/dev/tty & } | cat; \
                       exec busctl --system --timeout=100 --allow-interactive-authorization=yes call \
                       org.proxyvpn1 /org/proxyvpn1 org.proxyvpn1.Manager Reconnect";
         let mut child = Command::new("setpriv")
