@@ -21,7 +21,7 @@
 # shellcheck source=scripts/common.sh
 . "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
-PVLAB_ID=${PVLAB_ID:-main}
+export PVLAB_ID=${PVLAB_ID:-main}
 LAB=/tmp/pvlab-$PVLAB_ID
 LAB_PYTHON=/usr/bin/python3; [ -x "$LAB_PYTHON" ] || LAB_PYTHON=$(command -v python3)
 # Addresses: documentation ranges (RFC 5737, RFC 3849).
@@ -47,7 +47,7 @@ lab_exec() {
   else
     enter+=(env -i HOME=/root USER=root TERM=dumb)
   fi
-  "${enter[@]}" PATH="$LAB/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin" LAB="$LAB" LC_ALL=C.UTF-8 \
+  "${enter[@]}" PATH="$LAB/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin" PVLAB_ID="$PVLAB_ID" LAB="$LAB" LC_ALL=C.UTF-8 \
     CURL_CA_BUNDLE="$LAB/ca.pem" SSL_CERT_FILE="$LAB/ca.pem" GIT_SSL_CAINFO="$LAB/ca.pem" "$@"
 }
 
