@@ -21,6 +21,10 @@ use crate::upstream::Tunnel;
 const ROUNDS: usize = 4;
 /// A program whose system has to answer (a SYN-ACK, a FIN) and does not is gone.
 const UNANSWERED: Duration = Duration::from_secs(60);
+/// Bytes towards the program that its system does not acknowledge: as long as Linux tries (tcp(7), `tcp_retries2`).
+const UNACKNOWLEDGED: Duration = Duration::from_secs(900);
+/// A quiet program's system is asked so often whether the program is still there: a RST may have been lost.
+const KEEP_ALIVE: Duration = Duration::from_secs(900);
 /// After a FIN of the upstream's: how long the program may say nothing.
 const FIN_WAIT: Duration = Duration::from_secs(600);
 /// After a FIN of the program's: how long the upstream may say nothing.
@@ -88,12 +92,13 @@ pub(crate) enum End {
 impl Relay {
     /// Joins `connection`, which is about to be fed its SYN, and `tunnel`. `waker` is called when the upstream has news.
     pub(crate) fn new(
-        connection: Connection,
+        mut connection: Connection,
         tunnel: Tunnel,
         mss: u16,
         waker: Arc<impl Wake + Send + Sync + 'static>,
         now: Instant,
     ) -> Self {
+        connection.set_keep_alive(Some(KEEP_ALIVE.into()));
         Self {
             connection,
             sent: 0,
@@ -163,7 +168,7 @@ impl Relay {
         if let Some(end) = self.over() {
             return Pumped::Over(self.end(end));
         }
-        if self.limit().is_some_and(|limit| self.progress + limit.into() <= now) {
+        if self.progress + self.limit().into() <= now {
             if self.aborted {
                 // Even the RST could not be sent.
                 return Pumped::Over(self.end(End::TimedOut));
@@ -187,7 +192,7 @@ impl Relay {
 
     /// When [`pump`](Self::pump) must be called even if nothing happens.
     pub(crate) fn deadline(&self, now: Instant, interface: &mut Interface) -> Option<Instant> {
-        let own = self.limit().map(|limit| self.progress + limit.into());
+        let own = Some(self.progress + self.limit().into());
         let idle = self.could_discard().then(|| self.progress + IDLE.into());
         let stack = if self.settled { None } else { self.connection.poll_at(now, interface) };
         [own, idle, stack].into_iter().flatten().min()
@@ -292,15 +297,18 @@ impl Relay {
         (self.upstream_told && self.upstream_finished).then_some(End::Finished)
     }
 
-    fn limit(&self) -> Option<Duration> {
+    /// How long nothing may happen.
+    fn limit(&self) -> Duration {
         if self.upstream_broken {
-            return Some(UNANSWERED);
+            return UNANSWERED;
         }
         match self.connection.state() {
-            State::Established => None,
-            State::FinWait2 => Some(FIN_WAIT),
-            State::CloseWait => Some(CLOSE_WAIT),
-            _ => Some(UNANSWERED),
+            State::Established | State::CloseWait if self.connection.send_queue() > 0 => UNACKNOWLEDGED,
+            // As long as the system answers, every answer counts as progress.
+            State::Established => KEEP_ALIVE * 3,
+            State::FinWait2 => FIN_WAIT,
+            State::CloseWait => CLOSE_WAIT,
+            _ => UNANSWERED,
         }
     }
 

@@ -30,8 +30,6 @@ use crate::table::{FlowId, Table};
 use crate::timer::{Armed, Timers};
 use crate::upstream::{ConnectError, Target, Tunnel};
 
-/// Probes an idle program so often: a RST of its kernel's may have been lost.
-const KEEP_ALIVE: smoltcp::time::Duration = smoltcp::time::Duration::from_secs(900);
 /// Port-unreachable answers per second, and as many at once after a quiet time.
 const UNREACHABLE_RATE: u32 = 1000;
 /// A deadline is never closer than this, so that no state of a socket can spin the loop.
@@ -275,13 +273,12 @@ impl<Q: Queue> Shard<Q> {
         };
         let listening = Connection::listen(&self.slab, tuple.destination.into(), tuple.destination_port, timestamp);
         let room = self.table.len() - self.pending < self.limits.flows;
-        let Some(mut connection) = listening.filter(|_| room) else {
+        let Some(connection) = listening.filter(|_| room) else {
             self.counters.flows_refused_full.increment();
             self.remove(id);
             self.refuse(now, &syn, tuple.is_v6());
             return;
         };
-        connection.set_keep_alive(Some(KEEP_ALIVE));
         self.pending -= 1;
         self.counters.flows_opened.increment();
         let waker = Arc::new(FlowWaker { flow: id, ready: Arc::clone(&self.ready) });

@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use proptest::prelude::*;
+use tokio::net::TcpStream;
 
 use super::{Bench, v4, v6};
 use crate::testing::{Packets, read_tcp, tunnel};
@@ -10,9 +11,20 @@ use crate::testing::{Packets, read_tcp, tunnel};
 /// A program that sends anything at all.
 #[derive(Debug, Clone)]
 enum Move {
-    Segment { six: bool, port: u16, flags: u8, seq: i32, ack: i32, length: usize },
+    Segment {
+        six: bool,
+        port: u16,
+        flags: u8,
+        seq: i32,
+        ack: i32,
+        length: usize,
+    },
     Bytes(Vec<u8>),
     Accept,
+    /// The newest upstream sends so many bytes.
+    Send(u16),
+    /// The oldest upstream closes, or resets.
+    Close(bool),
     Later(u8),
 }
 
@@ -24,9 +36,11 @@ fn moves() -> impl Strategy<Value = Vec<Move>> {
         6 => segment,
         1 => proptest::collection::vec(any::<u8>(), 0..120).prop_map(Move::Bytes),
         2 => Just(Move::Accept),
+        2 => any::<u16>().prop_map(Move::Send),
+        1 => any::<bool>().prop_map(Move::Close),
         1 => any::<u8>().prop_map(Move::Later),
     ];
-    proptest::collection::vec(one, 1..40)
+    proptest::collection::vec(one, 1..60)
 }
 
 proptest! {
@@ -58,8 +72,24 @@ proptest! {
                             }
                         }
                     }
+                    Move::Send(length) => {
+                        if let Some(end) = far.last() {
+                            let end: &TcpStream = end;
+                            // A full or closed socket is as good.
+                            let _ = end.try_write(&vec![3; usize::from(length)]);
+                        }
+                    }
+                    Move::Close(reset) if !far.is_empty() => {
+                        let end: TcpStream = far.remove(0);
+                        if reset {
+                            end.set_zero_linger().unwrap();
+                        }
+                    }
+                    Move::Close(_) => {}
                     Move::Later(seconds) => bench.later(u64::from(seconds)),
                 }
+                // Lets the runtime see what the sockets have.
+                tokio::task::yield_now().await;
                 bench.turn();
                 while let Some(frame) = bench.device.next() {
                     if frame[0] >> 4 == 6 || frame[9] == 6 {

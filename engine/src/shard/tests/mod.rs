@@ -320,6 +320,38 @@ async fn an_unanswered_syn_ack_does_not_stay_for_ever() {
 }
 
 #[tokio::test]
+async fn a_program_whose_system_vanished_does_not_keep_its_flow() {
+    for (bytes, limit) in [(&b"unacknowledged"[..], 900), (b"", 2700)] {
+        let mut bench = Bench::new();
+        let (mut far, _) = bench.establish(v4()).await;
+        if !bytes.is_empty() {
+            far.write_all(bytes).await.unwrap();
+            bench.sent().await;
+        }
+        bench.later(limit - 1);
+        assert_eq!(bench.flows(), ["ESTAB"]);
+        bench.later(2);
+        assert!(bench.flows().is_empty());
+        assert_eq!(far.read(&mut [0]).await.unwrap_err().kind(), std::io::ErrorKind::ConnectionReset);
+        assert_eq!(bench.counters.flows_timed_out.get(), 1);
+    }
+}
+
+#[tokio::test]
+async fn a_quiet_program_whose_system_answers_keeps_its_flow() {
+    let mut bench = Bench::new();
+    let (_far, ours) = bench.establish(v4()).await;
+    for _ in 0..20 {
+        bench.later(901);
+        let probe = bench.one();
+        assert_eq!((probe.flags, probe.seq), (ACK, ours.wrapping_sub(1)));
+        bench.feed(&v4().tcp(ACK, 101, ours, b""));
+        bench.turn();
+        assert_eq!(bench.flows(), ["ESTAB"]);
+    }
+}
+
+#[tokio::test]
 async fn both_sides_finish_and_the_port_is_used_again_within_one_batch() {
     let mut bench = Bench::new();
     let (far, ours) = bench.establish(v4()).await;
