@@ -21,7 +21,7 @@
 # shellcheck source=scripts/common.sh
 . "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
-export PVLAB_ID=${PVLAB_ID:-main}
+export PVLAB_ID=${PVLAB_ID:-main} # the machines inside need it too
 LAB=/tmp/pvlab-$PVLAB_ID
 LAB_PYTHON=/usr/bin/python3; [ -x "$LAB_PYTHON" ] || LAB_PYTHON=$(command -v python3)
 # Addresses: documentation ranges (RFC 5737, RFC 3849).
@@ -47,7 +47,7 @@ lab_exec() {
   else
     enter+=(env -i HOME=/root USER=root TERM=dumb)
   fi
-  "${enter[@]}" PATH="$LAB/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin" PVLAB_ID="$PVLAB_ID" LAB="$LAB" LC_ALL=C.UTF-8 \
+  "${enter[@]}" PATH="$LAB/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin" LAB="$LAB" PVLAB_ID="$PVLAB_ID" LC_ALL=C.UTF-8 \
     CURL_CA_BUNDLE="$LAB/ca.pem" SSL_CERT_FILE="$LAB/ca.pem" GIT_SSL_CAINFO="$LAB/ca.pem" "$@"
 }
 
@@ -72,6 +72,7 @@ start_machine() {
   local name=$1 outer; shift
   setsid "$@" </dev/null >"$LAB/$name.log" 2>&1 &
   outer=$!
+  disown # no 'Killed' on the terminal when it is ended
   echo "$outer" >"$LAB/$name.outer"
   found() { inner_pid "$outer" >"$LAB/$name.pid.new" || ! kill -0 "$outer" 2>/dev/null; }
   wait_for 10 found || die "machine $name did not start: $(cat "$LAB/$name.log")"
@@ -363,7 +364,6 @@ lab_down() {
     if grep -qa 'lab.sh' "/proc/$outer/cmdline" 2>/dev/null; then kill -KILL "$outer" 2>/dev/null || true; fi
     ended() { ! kill -0 "$outer" 2>/dev/null || [ "$(awk '/^State:/ {print $2}' "/proc/$outer/status" 2>/dev/null)" = Z ]; }
     wait_for 5 ended || say "lab: process $outer did not end" >&2
-    wait "$outer" 2>/dev/null || true
   done
   rm -rf "$LAB"
 }
