@@ -93,6 +93,14 @@ impl Lab {
         ip(&self.app, command);
     }
 
+    /// Sets `net.ipv4.NAME` for programs and servers.
+    pub fn sysctl(&self, name: &'static str, value: &'static str) {
+        for ns in [&self.app, &self.net] {
+            // Which namespace's value a file under /proc/sys/net is depends on the thread that opens it.
+            inside(ns, move || std::fs::write(format!("/proc/sys/net/ipv4/{name}"), value).unwrap()).join().unwrap();
+        }
+    }
+
     /// Runs `f` on a thread among the programs.
     pub fn program<T: Send + 'static>(&self, f: impl FnOnce() -> T + Send + 'static) -> JoinHandle<T> {
         inside(&self.app, f)

@@ -8,6 +8,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use smoltcp::time::Instant;
+use smoltcp::wire::TcpPacket;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::sync::mpsc;
@@ -498,6 +499,9 @@ async fn with_offloads_each_packet_says_what_is_left_to_do() {
         tokio::time::sleep(Duration::from_millis(20)).await;
         bench.turn();
         let data = bench.device.next().unwrap();
+        let (source, destination) = (packets.tuple().destination, packets.tuple().source);
+        let tcp = TcpPacket::new_checked(&data[vnet::LENGTH + header..]).unwrap();
+        assert!(tcp.verify_partial_checksum(&source.into(), &destination.into()), "the kernel adds up the rest");
         assert!(data.len() > 10_000, "{} bytes are no super-segment", data.len());
         let kind = if packets.tuple().is_v6() { 4 } else { 1 };
         assert_eq!(data[..2], [1, kind]);
