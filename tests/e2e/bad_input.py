@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import subprocess
 import time
 
 from lab import FAILURE, NOT_AUTHORISED, PROXY, PYTHON, TINY, USAGE, equal, expect, fails_clean, faulty, test, until
@@ -124,6 +125,9 @@ def vanish(lab):
     with faulty(lab, "silent", 9012) as url, profile(lab, "slow", f'backend = "proxy"\n[upstream]\nurl = "{url}"'):
         for _ in range(3):
             lab.alice(PYTHON, f"{HERE}/rawbus.py", "vanish")
+        lab.check_state("disconnected")
+        lab.alice(PYTHON, f"{HERE}/rawbus.py", "linger")
+        lab.check_state("connecting")
         lab.alice(PYTHON, f"{HERE}/rawbus.py", "flood", "2000")
         lab.proxyctl("status", timeout=10)
         lab.disconnect()
@@ -152,7 +156,7 @@ def second_connect(lab):
 def loops(lab):
     lab.app("bash", "-c", f"""id pvproxy >/dev/null 2>&1 || useradd --system -M pvproxy
         printf 'Port 8899\\nListen 127.0.0.1\\nTimeout 60\\nMaxClients 50\\n' >{lab.dir}/own-proxy.conf""")
-    with lab.background("app", "pvproxy", "tinyproxy", "-d", "-c", f"{lab.dir}/own-proxy.conf"):
+    with lab.background("app", "pvproxy", "tinyproxy", "-d", "-c", f"{lab.dir}/own-proxy.conf", stdout=subprocess.DEVNULL):
         until(5, lambda: "8899" in lab.app("ss", "-Htln").stdout, "tinyproxy does not listen")
         fails_clean(lab, "--proxy-url", "http://127.0.0.1:8899", words=["this machine", "bypass"])
         lab.connect("http://127.0.0.1:8899", "--bypass-user", "pvproxy")

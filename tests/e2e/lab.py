@@ -87,11 +87,12 @@ class Lab:
     # ---- commands in the machines
 
     def command(self, machine, user, args, env=None):
-        enter = ["nsenter", "-t", self.pids[machine], "-m", "-n", "-p", "--"]
+        # nsenter forks into the PID namespace: its child is to die with it
+        enter = ["nsenter", "-t", self.pids[machine], "-m", "-n", "-p", "--", "setpriv", "--pdeathsig", "KILL"]
         home = "/root"
         if user:
-            enter += ["setpriv", "--reuid", user, "--regid", user, "--init-groups"]
-            home = f"{self.dir}/home/{user}"
+            enter += ["--reuid", user, "--regid", user, "--init-groups"]
+            home = f"{self.dir}/home/{user}" if os.path.isdir(f"{self.dir}/home/{user}") else "/"
         ca = f"{self.dir}/ca.pem"
         variables = {
             "PATH": f"{self.dir}/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "HOME": home, "USER": user or "root",

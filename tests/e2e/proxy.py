@@ -55,8 +55,11 @@ def serve(client):
             time.sleep(1)
         elif mode == "huge":
             client.sendall(b"HTTP/1.1 200 OK\r\n")
-            while True:
-                client.sendall(b"X-Filler: " + b"a" * 1000 + b"\r\n")
+            try:
+                while True:
+                    client.sendall(b"X-Filler: " + b"a" * 1000 + b"\r\n")
+            except OSError:
+                return
         elif mode == "refuse":
             client.sendall(b"HTTP/1.1 403 Forbidden\r\nContent-Length: 0\r\n\r\n")
         else:
@@ -78,7 +81,6 @@ def serve(client):
 
 
 with socket.create_server((address, port), backlog=256) as listener:
-    print("ready", flush=True)
     while True:
         connection, _ = listener.accept()
         threading.Thread(target=serve, args=(connection,), daemon=True).start()

@@ -15,7 +15,7 @@ def wrong_password(lab):
 
 @test("a password is needed and none is given")
 def no_password(lab):
-    fails_clean(lab, "--proxy-url", "http://proxy.lab.test:3128", words=["proxy.lab.test", "407"])
+    fails_clean(lab, "--proxy-url", "http://proxy.lab.test:3128", words=["proxy.lab.test", "user name and password"])
 
 
 @test("a proxy that refuses connections")

@@ -1,7 +1,8 @@
 """A D-Bus client without a library, for what libraries refuse to send: rawbus.py CASE.
 
 long N     Connect with a profile name of N bytes; prints the reply
-vanish     Connect to the profile "slow" and leave without waiting for the reply
+vanish     Connect to the profile "slow" and leave at once
+linger     the same, but leave half a second later, without having read a reply
 flood N    N Status calls at once, then leave
 """
 
@@ -9,6 +10,7 @@ import os
 import socket
 import struct
 import sys
+import time
 
 
 def align(data, to):
@@ -76,6 +78,10 @@ def main():
             bus.sendall(connect("a" * int(sys.argv[2])))
         elif case == "vanish":
             bus.sendall(connect("slow"))
+            return
+        elif case == "linger":
+            bus.sendall(connect("slow"))
+            time.sleep(0.5)
             return
         elif case == "flood":
             for serial in range(2, 2 + int(sys.argv[2])):
