@@ -124,7 +124,7 @@ do_uninstall() {
   for spec in "${files[@]}"; do read -r _ _ place <<<"$spec"; remove_file "$place"; dirs+=("${place%/*}"); done
   for place in "${completions[@]}"; do remove_file "$place"; dirs+=("${place%/*}"); done
   # what an older release may have installed in folders that are only ours
-  for place in "$libexec" "$doc_dir"; do if [ -d "$destdir$place" ]; then rm -rf "${destdir:?}$place" 2>/dev/null || rm -rf "$place"; removed "$place"; fi; done
+  for place in "$libexec" "$doc_dir"; do if [ -d "$destdir$place" ]; then rm -rf "${destdir}${place:?}"; removed "$place"; fi; done
   for place in "${dirs[@]}"; do remove_empty "$place"; done
   for place in /var/lib/proxyvpn /run/proxyvpn; do if [ -e "$destdir$place" ]; then rm -rf "$destdir$place"; removed "$place"; fi; done
   if [ -n "$purge" ]; then

@@ -33,7 +33,7 @@ lab_net_up || { failed "the lab's far end"; summary; exit 1; }
 leader=$(box leader "$BOX")
 nsenter -t "$(lab_pid net)" -n ip link add wan0 type veth peer name eth0 netns "$leader" && : >"$LAB/wired"
 await_ready net
-root sh -c "ip addr add $LAB_APP4/24 dev eth0; ip -6 addr add $LAB_APP6/64 dev eth0 nodad; ip link set eth0 up; ip link set lo up
+root sh -c "sysctl -qw net.ipv6.conf.eth0.accept_dad=0; ip addr add $LAB_APP4/24 dev eth0; ip -6 addr add $LAB_APP6/64 dev eth0 nodad; ip link set eth0 up; ip link set lo up
   ip route add default via $LAB_GW4; ip -6 route add default via $LAB_GW6; echo nameserver $LAB_DNS >/etc/resolv.conf" </dev/null
 nsenter -t "$leader" -m sh -c 'cat >/etc/lab-ca.pem' <"$LAB/ca.pem"
 
@@ -105,6 +105,8 @@ group_rule() {
 check "the sample rule for a group" group_rule
 check "a member of the group connects" box as "$BOX" alice proxyctl connect lab
 check "connected" is_state connected
+no_secret() { ! box as "$BOX" alice cat /etc/proxyvpn/password </dev/null; }
+check "a member of the group cannot read the proxy's password" no_secret
 check "a user who is not in the group is refused (exit code 4)" status_of 4 box as "$BOX" bob proxyctl disconnect
 check "http through the proxy" through_proxy http://web.lab.test/
 check "https through the proxy" through_proxy https://web.lab.test/
@@ -135,7 +137,7 @@ watchdog() {
   root sh -c 'rm -r /run/systemd/system/proxyvpnd.service.d; systemctl daemon-reload; systemctl restart proxyvpnd.service' </dev/null
 }
 check "the watchdog replaces a daemon that hangs, and leaves one that lives alone" watchdog
-check "it goes on with the connection after that" back
+check "it goes on with the connection after that and after systemctl restart" back
 
 # ---- the end
 stop() { root systemctl stop proxyvpnd.service </dev/null; network >"$LOGS/network.after"; diff "$LOGS/network.before" "$LOGS/network.after"; }
@@ -156,7 +158,7 @@ uninstall_connected() {
 }
 check "uninstall while connected: the network is as it was" uninstall_connected
 no_trace() {
-  root sh -c 'rm -f /etc/polkit-1/rules.d/50-proxyvpn-group.rules' </dev/null # the administrator's own
+  root sh -c 'rm -f /etc/polkit-1/rules.d/50-proxyvpn-group.rules; groupdel proxyvpn-users' </dev/null # the administrator's own
   files >"$LOGS/files.after"; diff "$LOGS/files.before" "$LOGS/files.after"
 }
 check "uninstall leaves no file, user, group or unit" no_trace

@@ -47,7 +47,7 @@ pub(crate) fn alone(name: &str) -> bool {
             "--user",
             "dave",
             "--user",
-            "carol:proxyvpn",
+            "carol:proxyvpn-users",
             "-",
         ])
         .arg(std::env::current_exe().unwrap())
