@@ -20,6 +20,7 @@ use tracing_subscriber::util::SubscriberInitExt as _;
 use crate::backend::proxy::Proxy;
 use crate::config::daemon::{self, DaemonConfig};
 use crate::config::store::ProfileStore;
+use crate::config::watch::Watch;
 use crate::log::Log;
 use crate::machine::failure::chain;
 use crate::machine::intent::IntentFile;
@@ -145,6 +146,7 @@ async fn serve(args: &Args) -> Result<(), Fatal> {
     let intent = IntentFile::new(&args.runtime_dir);
     tokio::select! {
         () = machine.run(world, intent, autoconnect(&store), shutdown) => {}
+        () = follow_files(args, &service) => {}
         // Nothing is taken down: what is in force blocks until the next daemon goes on.
         () = service.connection().closed() => {
             return Err(Fatal("the system bus is gone; the network stays as it is until the daemon starts again".to_owned()));
@@ -153,6 +155,22 @@ async fn serve(args: &Args) -> Result<(), Fatal> {
     notify(&[NotifyState::Stopping]);
     service.stop().await;
     Ok(())
+}
+
+/// Keeps the profiles on the bus those of the files, for ever.
+async fn follow_files(args: &Args, service: &Service) {
+    let follow = async {
+        let files = Watch::new(&[&args.profiles, &args.imported])?;
+        loop {
+            files.changed().await?;
+            if let Err(error) = service.reload().await {
+                tracing::warn!("the profiles cannot be offered anew: {error}");
+            }
+        }
+    };
+    let Err::<std::convert::Infallible, std::io::Error>(error) = follow.await;
+    tracing::warn!("changes of the profile files are not seen until the daemon starts again: {error}");
+    std::future::pending().await
 }
 
 fn start_log(args: &Args, settings: &DaemonConfig) -> Log {

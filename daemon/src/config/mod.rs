@@ -5,6 +5,7 @@
 //! - [`check`]: the rules of single values, the same for files and for callers on the bus
 //! - [`url`]: the upstream's URL
 //! - [`store`]: the directories of profiles
+//! - [`watch`]: tells when they change
 //! - [`daemon`]: settings of the daemon
 //! - [`secret`](mod@secret): passwords
 //! - [`file`](mod@file): files that only the right owner can have written
@@ -22,3 +23,4 @@ pub mod secret;
 pub mod store;
 mod sys;
 pub mod url;
+pub mod watch;
