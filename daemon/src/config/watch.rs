@@ -30,7 +30,7 @@ impl Watch {
                 tracing::debug!("{} is not watched: {error}", directory.display());
             }
         }
-        AsyncFd::register(fd).map(Self)
+        Ok(Self(AsyncFd::register(fd)?))
     }
 
     /// Waits for a change, and then a moment for those that come with it.
