@@ -1,9 +1,13 @@
-//! The user database.
+//! The user database, and descriptors in the reactor.
 #![allow(unsafe_code)]
 
 use std::ffi::CStr;
 use std::io;
 use std::mem::MaybeUninit;
+use std::os::fd::OwnedFd;
+
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
 
 /// A longer entry is an error.
 const MAX_ENTRY: usize = 1 << 20;
@@ -28,4 +32,10 @@ pub(super) fn user_id(name: &CStr) -> io::Result<Option<u32>> {
             other => return Err(io::Error::from_raw_os_error(other)),
         }
     }
+}
+
+/// `fd` in tokio's reactor.
+pub(super) fn readable(fd: OwnedFd) -> io::Result<AsyncFd<OwnedFd>> {
+    // SAFETY: an `OwnedFd` names the same open descriptor until it is dropped, and the `AsyncFd` owns it.
+    Ok(unsafe { AsyncFd::register_with_interest(fd, Interest::READABLE) }?)
 }

@@ -9,6 +9,8 @@ use std::time::Duration;
 use rustix::fs::inotify::{self, CreateFlags, WatchFlags};
 use tokio::io::unix::AsyncFd;
 
+use super::sys;
+
 /// An editor's several steps are one change, and a flood of changes is a few looks.
 const SETTLE: Duration = Duration::from_millis(200);
 
@@ -30,7 +32,7 @@ impl Watch {
                 tracing::debug!("{} is not watched: {error}", directory.display());
             }
         }
-        Ok(Self(AsyncFd::register(fd)?))
+        sys::readable(fd).map(Self)
     }
 
     /// Waits for a change, and then a moment for those that come with it.
