@@ -7,7 +7,8 @@ use tokio::sync::mpsc::Sender;
 use crate::event::Event;
 use crate::upstream::{ConnectError, Tunnel};
 
-/// Failures in a row before the upstream counts as failing.
+/// Failures in a row before the upstream counts as failing. Told again at each multiple: who asked the upstream in between may
+/// have found it well.
 const THRESHOLD: u32 = 3;
 
 /// Failures in a row, and whether the controller knows. Never waits: with the channel full, the next outcome tells it.
@@ -40,21 +41,23 @@ impl Health {
         match (sign, outcome) {
             (Sign::Good, _) => {
                 self.failures.store(0, Ordering::Relaxed);
-                self.tell(false, Event::UpstreamWorking);
+                self.tell(false, false, Event::UpstreamWorking);
             }
             (Sign::Bad, Err(error)) => {
                 let failures = self.failures.fetch_add(1, Ordering::Relaxed).saturating_add(1);
                 if failures >= THRESHOLD {
-                    self.tell(true, Event::UpstreamFailing(error));
+                    self.tell(true, failures.is_multiple_of(THRESHOLD), Event::UpstreamFailing(error));
                 }
             }
             _ => {}
         }
     }
 
-    /// Tells that the upstream is `failing` or not, if that is news.
-    fn tell(&self, failing: bool, event: Event) {
-        if self.told_failing.swap(failing, Ordering::Relaxed) != failing && self.events.try_send(event).is_err() {
+    /// Tells that the upstream is `failing` or not, if that is news or to be told `again`.
+    fn tell(&self, failing: bool, again: bool, event: Event) {
+        let news = self.told_failing.swap(failing, Ordering::Relaxed) != failing;
+        // A repeat that does not fit has an unread event before it.
+        if (news || again) && self.events.try_send(event).is_err() && news {
             self.told_failing.store(!failing, Ordering::Relaxed);
         }
     }
@@ -66,5 +69,67 @@ fn sign(error: &ConnectError) -> Sign {
         error if error.is_upstream() => Sign::Bad,
         ConnectError::Refused { .. } | ConnectError::Destination { .. } => Sign::Good,
         _ => Sign::None,
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, reason = "tests")]
+mod tests {
+    use tokio::sync::mpsc;
+
+    use super::*;
+
+    fn failed() -> Result<&'static Tunnel, ConnectError> {
+        Err(ConnectError::Silent { upstream: "proxy".to_owned(), seconds: 1 })
+    }
+
+    fn answered() -> Result<&'static Tunnel, ConnectError> {
+        let (upstream, target) = ("proxy".to_owned(), "web:443".to_owned());
+        Err(ConnectError::Refused { upstream, target, status: 403, reason: String::new() })
+    }
+
+    fn told(events: &mut mpsc::Receiver<Event>) -> String {
+        let mut text = String::new();
+        while let Ok(event) = events.try_recv() {
+            text.push(if matches!(event, Event::UpstreamWorking) { 'w' } else { 'f' });
+        }
+        text
+    }
+
+    #[test]
+    fn a_failure_that_goes_on_is_told_again() {
+        let (sender, mut events) = mpsc::channel(16);
+        let health = Health::new(sender);
+        let steps: Vec<String> = (0..7)
+            .map(|_| {
+                health.record(failed());
+                told(&mut events)
+            })
+            .collect();
+        assert_eq!(steps, ["", "", "f", "", "", "f", ""]);
+        health.record(answered());
+        health.record(answered());
+        assert_eq!(told(&mut events), "w", "and only once that it works");
+        health.record(failed());
+        assert_eq!(told(&mut events), "", "counted from the last success");
+    }
+
+    #[test]
+    fn a_full_channel_holds_nobody_up() {
+        let (sender, mut events) = mpsc::channel(1);
+        let health = Health::new(sender);
+        for _ in 0..6 {
+            health.record(failed());
+        }
+        assert_eq!(told(&mut events), "f", "the repeat did not fit");
+        health.record(answered());
+        assert_eq!(told(&mut events), "w", "the controller knows of the first failure");
+        for _ in 0..3 {
+            health.record(failed());
+        }
+        health.record(answered());
+        assert_eq!(told(&mut events), "f", "the good news did not fit");
+        health.record(answered());
+        assert_eq!(told(&mut events), "w", "and comes with the next outcome");
     }
 }
