@@ -4,7 +4,7 @@ use std::pin::pin;
 use std::time::Duration;
 
 use proxyvpn_dbus::Error;
-use proxyvpn_dbus::types::State;
+use proxyvpn_dbus::types::{Reason, State};
 use tokio::time::{Instant, sleep_until};
 
 use super::connected::Connected;
@@ -24,6 +24,8 @@ pub(super) struct Blocked {
     /// Device and engine are gone; otherwise they still run and only the upstream is missing.
     rebuild: bool,
     attempt: u32,
+    /// Why even the block failed, so that the network may be open.
+    unclosed: Option<String>,
 }
 
 enum Wake {
@@ -35,26 +37,27 @@ enum Wake {
 impl Blocked {
     /// All is in place except the upstream.
     pub(super) fn waiting(request: Request, failure: Failure) -> Self {
-        Self { request: Some(request), failure, rebuild: false, attempt: 0 }
+        Self { request: Some(request), failure, rebuild: false, attempt: 0, unclosed: None }
     }
 
     /// Device and engine must be made anew. `attempt` failed attempts came before this one.
     pub(super) fn rebuild(request: Option<Request>, failure: Failure, attempt: u32) -> Self {
-        Self { request, failure, rebuild: true, attempt }
+        Self { request, failure, rebuild: true, attempt, unclosed: None }
     }
 
     pub(super) async fn next<W: World, I: Inspector>(mut self, context: &mut Context<W, I>) -> Stage {
         if self.rebuild {
             self.close(context).await;
         }
-        context.enter(State::Blocked, self.failure.reason(), self.request.as_ref());
-        tracing::warn!(code = self.failure.code.as_str(), "blocked: {}", self.failure.text);
+        let reason = self.reason();
+        tracing::warn!(code = reason.code, "blocked: {}", reason.text);
+        context.enter(State::Blocked, reason, self.request.as_ref());
         let mut retry = Instant::now() + backoff(self.attempt);
         loop {
             let wake = tokio::select! {
                 order = context.orders.next() => Wake::Order(order),
                 fault = context.world.fault(), if !self.rebuild => Wake::Fault(fault),
-                () = sleep_until(retry), if self.request.is_some() => Wake::Retry,
+                () = sleep_until(retry), if self.request.is_some() || self.unclosed.is_some() => Wake::Retry,
             };
             match wake {
                 Wake::Order(Order::Connect(_, reply)) => {
@@ -85,14 +88,24 @@ impl Blocked {
                     return Stage::Blocked(self);
                 }
                 Wake::Retry if self.rebuild => {
-                    let Some(request) = self.request.take() else { continue };
-                    return Stage::Connecting(Connecting::again(request, self.attempt.saturating_add(1)));
+                    self.attempt = self.attempt.saturating_add(1);
+                    let Some(request) = self.request.take() else {
+                        self.close(context).await;
+                        context.enter(State::Blocked, self.reason(), None);
+                        retry = Instant::now() + backoff(self.attempt);
+                        continue;
+                    };
+                    return Stage::Connecting(Connecting::again(request, self.attempt));
                 }
                 Wake::Retry => {
                     match probe(context).await {
                         Probe::Answered(Ok(())) => return self.recovered(),
                         Probe::Answered(Err(failure)) => context.because(failure.reason()),
                         Probe::Unwanted => return Stage::Disconnecting(Disconnecting::requested()),
+                        Probe::Again => {
+                            let Some(request) = self.request.take() else { continue };
+                            return Stage::Connecting(Connecting::again(request, 0));
+                        }
                     }
                     self.attempt = self.attempt.saturating_add(1);
                     retry = Instant::now() + backoff(self.attempt);
@@ -103,13 +116,21 @@ impl Blocked {
 
     /// Puts the block in force; if even that fails, the reason says so.
     async fn close<W: World, I: Inspector>(&mut self, context: &mut Context<W, I>) {
-        if let Err(failure) = context.world.block(self.request.as_ref()).await {
-            self.failure.text = format!(
-                "{}. The block could not be put in force either ({}): traffic may leave unprotected. \
+        let closed = context.world.block(self.request.as_ref()).await;
+        self.unclosed = closed.err().map(|failure| failure.text);
+    }
+
+    fn reason(&self) -> Reason {
+        let mut reason = self.failure.reason();
+        if let Some(cause) = &self.unclosed {
+            let cause = if *cause == self.failure.text { String::new() } else { format!(" ({cause})") };
+            reason.text = format!(
+                "{}. The block could not be put in force either{cause}: traffic may leave unprotected. \
                  Unplug the network or run `proxyctl disconnect`",
-                self.failure.text, failure.text
+                self.failure.text.trim_end_matches('.')
             );
         }
+        reason
     }
 
     fn recovered(self) -> Stage {
@@ -122,6 +143,8 @@ impl Blocked {
 
 enum Probe {
     Answered(Result<(), Failure>),
+    /// A reconnect was asked for.
+    Again,
     Unwanted,
 }
 
@@ -134,7 +157,10 @@ async fn probe<W: World, I: Inspector>(context: &mut Context<W, I>) -> Probe {
             answer = &mut question => return Probe::Answered(answer),
             order = orders.next() => match order {
                 Order::Connect(_, reply) => busy(reply, "a connection is wanted and blocked; disconnect first"),
-                Order::Reconnect(reply) => accept(reply),
+                Order::Reconnect(reply) => {
+                    accept(reply);
+                    return Probe::Again;
+                }
                 Order::Disconnect(reply) => {
                     accept(reply);
                     return Probe::Unwanted;

@@ -3,8 +3,9 @@
 
 use std::collections::{HashMap, VecDeque};
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use proxyvpn_dbus::types::{Check, Flow, HealthItem, PlanStep, State};
 use proxyvpn_dbus::{Error, ReasonCode};
@@ -12,7 +13,7 @@ use tokio::sync::{Notify, oneshot, watch};
 
 use super::intent::{Intent, IntentFile};
 use super::world::{Facts, Fault, Inspector, World};
-use super::{Command, Failure, Handle, Machine, Phase, Request};
+use super::{Command, Failure, Handle, Machine, Phase, Request, View};
 use crate::config::profile::{Backend, DnsSpec, Profile, ProtectSpec, Scheme, TunSpec, UpstreamSpec};
 
 /// A profile that passes all checks.
@@ -56,6 +57,8 @@ struct Script {
     faults: Mutex<VecDeque<Fault>>,
     fault: Notify,
     probe_fails: AtomicU32,
+    /// The probe never ends.
+    probe_hangs: AtomicBool,
     block_fails: AtomicU32,
     leftovers: Mutex<Vec<String>>,
 }
@@ -111,6 +114,9 @@ impl World for Double {
 
     async fn probe(&mut self) -> Result<(), Failure> {
         self.0.calls.lock().unwrap().push("probe".to_owned());
+        if self.0.probe_hangs.load(Ordering::SeqCst) {
+            std::future::pending::<()>().await;
+        }
         if take_one(&self.0.probe_fails) { Err(failure()) } else { Ok(()) }
     }
 
@@ -383,7 +389,7 @@ fn an_unreadable_record_blocks_until_somebody_decides() {
         assert_eq!(rig.script.calls(), "block");
         assert_eq!(rig.handle.view.borrow().reason.code, "intent-unreadable");
         assert!(matches!(rig.reconnect().await, Err(Error::NotConnected(_))));
-        tokio::time::sleep(std::time::Duration::from_secs(3600)).await;
+        tokio::time::sleep(Duration::from_secs(3600)).await;
         assert_eq!(rig.script.calls(), "");
         rig.disconnect().await.unwrap();
         rig.until(State::Disconnected).await;
@@ -440,5 +446,39 @@ fn questions_are_answered_in_every_state() {
         let (reply, answer) = oneshot::channel();
         rig.handle.commands.send(Command::Plan(Box::new(request()), reply)).await.unwrap();
         assert!(answer.await.unwrap().unwrap().is_empty());
+    });
+}
+
+#[test]
+fn a_block_that_failed_is_tried_again_though_nobody_knows_what_was_wanted() {
+    run(async {
+        let script = Script { block_fails: 2.into(), ..Script::default() };
+        let mut rig = Rig::start(script, Some("{"), None);
+        rig.until(State::Blocked).await;
+        assert!(rig.handle.view.borrow().reason.text.contains("traffic may leave unprotected"));
+        let closed = |view: &View| !view.reason.text.contains("unprotected");
+        tokio::time::timeout(Duration::from_secs(60), rig.handle.view.wait_for(closed)).await.unwrap().unwrap();
+        assert_eq!(rig.script.calls(), "block block block");
+        tokio::time::sleep(Duration::from_secs(3600)).await;
+        assert_eq!(rig.script.calls(), "");
+    });
+}
+
+#[test]
+fn a_reconnect_during_a_probe_is_not_forgotten() {
+    run(async {
+        let mut rig = Rig::start(Script::default(), None, None);
+        rig.at_rest().await;
+        rig.connect().await.unwrap();
+        rig.until(State::Connected).await;
+        rig.script.probe_hangs.store(true, Ordering::SeqCst);
+        rig.script.fault(Fault::Upstream(failure()));
+        rig.until(State::Blocked).await;
+        rig.script.calls();
+        tokio::time::sleep(Duration::from_secs(2)).await;
+        assert_eq!(rig.script.calls(), "probe");
+        rig.reconnect().await.unwrap();
+        let connected = rig.until(State::Connected);
+        tokio::time::timeout(Duration::from_secs(60), connected).await.unwrap();
     });
 }
