@@ -56,8 +56,9 @@ impl Health {
     /// Tells that the upstream is `failing` or not, if that is news or to be told `again`.
     fn tell(&self, failing: bool, again: bool, event: Event) {
         let news = self.told_failing.swap(failing, Ordering::Relaxed) != failing;
+        let told = !(news || again) || self.events.try_send(event).is_ok();
         // A repeat that does not fit has an unread event before it.
-        if (news || again) && self.events.try_send(event).is_err() && news {
+        if news && !told {
             self.told_failing.store(!failing, Ordering::Relaxed);
         }
     }

@@ -18,6 +18,10 @@ pub(super) fn desired(profile: &Profile) -> Result<(Desired, Resolvers), Failure
             "The torvm backend is not in this version. Set backend = \"proxy\" in the profile",
         ));
     }
+    Ok(wanted(profile))
+}
+
+fn wanted(profile: &Profile) -> (Desired, Resolvers) {
     let resolvers = resolvers::find(&profile.dns.servers, &resolvers::Paths::default());
     let tunnel =
         Tunnel { name: profile.tun.name.clone(), v4: profile.tun.cidr, v6: profile.tun.cidr6, mtu: profile.tun.mtu };
@@ -32,12 +36,12 @@ pub(super) fn desired(profile: &Profile) -> Result<(Desired, Resolvers), Failure
         killswitch: profile.protect.killswitch,
         inbound_replies: profile.protect.inbound_replies,
     };
-    Ok((desired, resolvers))
+    (desired, resolvers)
 }
 
-/// `desired` without a way for the traffic.
-pub(super) fn blocked(desired: &Desired) -> Desired {
-    Desired { tunnel: None, ..desired.clone() }
+/// The network of `profile` without a way for the traffic. Also for what cannot be connected: it may be wanted all the same.
+pub(super) fn blocked(profile: &Profile) -> Desired {
+    Desired { tunnel: None, ..wanted(profile).0 }
 }
 
 /// The network when it is not known what was wanted: nothing leaves.
@@ -61,4 +65,20 @@ pub(super) fn failure(error: &net::Error) -> Failure {
 /// Addresses as text.
 pub(super) fn texts(addresses: &[IpAddr]) -> Vec<String> {
     addresses.iter().map(ToString::to_string).collect()
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, reason = "tests")]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_cannot_be_connected_can_be_blocked() {
+        let text = "backend = \"torvm\"\nautoconnect = true\n[protect]\nlan = [\"192.168.1.0/24\"]";
+        let profile = crate::config::parse::profile("tor", "tor.toml", text).unwrap();
+        assert_eq!(desired(&profile).unwrap_err().code, ReasonCode::NotSupported);
+        let blocked = blocked(&profile);
+        assert!(blocked.tunnel.is_none() && blocked.killswitch);
+        assert_eq!(blocked.exceptions.lan, profile.protect.lan);
+    }
 }

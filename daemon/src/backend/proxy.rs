@@ -190,10 +190,7 @@ impl World for Proxy {
     }
 
     async fn block(&mut self, request: Option<&Request>) -> Result<(), Failure> {
-        let desired = match request {
-            Some(request) => network::blocked(&network::desired(&request.profile)?.0),
-            None => network::closed(),
-        };
+        let desired = request.map_or_else(network::closed, |request| network::blocked(&request.profile));
         let network = self.network().await?;
         let firewall = network.apply(Stage::Firewall, &desired).await;
         let routes = network.apply(Stage::Routes, &desired).await;

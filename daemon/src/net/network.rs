@@ -1,14 +1,17 @@
 //! Applying a desired state, and taking it back.
 
+use std::collections::HashSet;
+use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::os::fd::OwnedFd;
 use std::path::Path;
 
 use super::desired::{Desired, Exceptions, Tunnel};
-use super::firewall::{self, Backend, Ruleset};
+use super::firewall::{self, Backend, MAX_SESSIONS, Ruleset};
 use super::health::{self, Finding};
 use super::journal::Journal;
 use super::kernel::{self, Kernel};
+use super::observed::Observed;
 use super::step::{Action, Change, Stage, Step};
 use super::{Error, plan, preflight, sockets};
 
@@ -39,10 +42,9 @@ impl Network {
     ///
     /// # Errors
     /// [`Error::Connect`]. A missing firewall is not an error here but in [`preflight`](Self::preflight).
-    #[allow(clippy::unused_async, reason = "needs the runtime")]
     pub async fn open(state_dir: &Path) -> Result<Self, Error> {
         let kernel = Kernel::connect()?;
-        let backend = match Backend::choose() {
+        let backend = match blocking(Backend::choose).await {
             Ok(backend) => Some(backend),
             Err(error) => {
                 tracing::warn!(error = &error as &dyn std::error::Error, "no firewall");
@@ -79,7 +81,7 @@ impl Network {
         preflight::tun()?;
         preflight::free(&self.kernel.observe().await?, desired)?;
         if self.backend.is_none() {
-            Backend::choose()?;
+            blocking(Backend::choose).await?;
         }
         Ok(())
     }
@@ -98,11 +100,12 @@ impl Network {
     /// # Errors
     /// When the present state can't be read.
     pub async fn plan(&self, desired: &Desired) -> Result<Vec<Step>, Error> {
-        let steps = plan::plan(&self.kernel.observe().await?, desired);
+        let observed = self.kernel.observe().await?;
+        let steps = plan::plan(&observed, desired);
         let (tunnel, routes): (Vec<_>, Vec<_>) = steps.into_iter().partition(|step| step.stage() == Stage::Tunnel);
-        let ruleset = firewall::compile(desired, &sessions(desired));
+        let ruleset = firewall::compile(desired, &sessions(&observed, desired).await);
         let mut firewall = vec![];
-        if !self.is_installed(&ruleset)? {
+        if !self.is_installed(&ruleset).await? {
             let line = |line| Step { action: Action::Add, change: Change::Firewall(line) };
             firewall.extend(ruleset.lines().into_iter().map(line));
         }
@@ -150,7 +153,7 @@ impl Network {
     /// The step that failed, or [`Error::Differs`].
     pub async fn apply(&mut self, stage: Stage, desired: &Desired) -> Result<(), Error> {
         match stage {
-            Stage::Firewall => self.apply_firewall(desired),
+            Stage::Firewall => self.apply_firewall(desired).await,
             Stage::Tunnel | Stage::Routes => self.apply_steps(stage, desired).await,
         }
     }
@@ -208,27 +211,28 @@ impl Network {
         complete
     }
 
-    fn apply_firewall(&mut self, desired: &Desired) -> Result<(), Error> {
-        let ruleset = firewall::compile(desired, &sessions(desired));
-        if self.is_installed(&ruleset)? {
+    async fn apply_firewall(&mut self, desired: &Desired) -> Result<(), Error> {
+        let ruleset = firewall::compile(desired, &sessions(&self.kernel.observe().await?, desired).await);
+        if self.is_installed(&ruleset).await? {
             return Ok(());
         }
-        let backend = match self.backend.take() {
+        let backend = match self.backend.clone() {
             Some(backend) => backend,
-            None => Backend::choose()?,
+            None => blocking(Backend::choose).await?,
         };
-        let backend = self.backend.insert(backend);
-        let there = backend.present()?;
+        self.backend = Some(backend.clone());
+        let there = on(&backend, Backend::present).await?;
         let before = self.journal.begin(["nft remove table inet proxyvpn".to_owned()])?;
-        let Err(error) = backend.apply(&ruleset) else {
+        let wanted = ruleset.clone();
+        let Err(error) = on(&backend, move |backend| backend.apply(&wanted)).await else {
             self.installed = Some(ruleset);
             return Ok(());
         };
         // One that an earlier run left is better than none.
-        let undone = match (&self.installed, there) {
-            (Some(previous), true) => backend.apply(previous),
+        let undone = match (self.installed.clone(), there) {
+            (Some(previous), true) => on(&backend, move |backend| backend.apply(&previous)).await,
             (_, true) => Ok(()),
-            (_, false) => backend.remove(),
+            (_, false) => on(&backend, Backend::remove).await,
         };
         match undone {
             Ok(()) => self.journal.roll_back(before)?,
@@ -261,7 +265,7 @@ impl Network {
                 Err(error) => result.errors.push(error),
             }
         }
-        self.remove_firewall(&mut result);
+        self.remove_firewall(&mut result).await;
         if result.errors.is_empty()
             && let Err(error) = self.journal.clear()
         {
@@ -270,13 +274,13 @@ impl Network {
         result
     }
 
-    fn remove_firewall(&mut self, result: &mut CleanUp) {
+    async fn remove_firewall(&mut self, result: &mut CleanUp) {
         if self.backend.is_none() {
-            self.backend = Backend::choose().map_err(|error| result.errors.push(error.into())).ok();
+            self.backend = blocking(Backend::choose).await.map_err(|error| result.errors.push(error.into())).ok();
         }
         let Some(backend) = &self.backend else { return };
-        let there = backend.present().unwrap_or(true);
-        match backend.remove() {
+        let there = on(backend, Backend::present).await.unwrap_or(true);
+        match on(backend, Backend::remove).await {
             Ok(()) => {
                 if there {
                     result.removed.push("nft remove table inet proxyvpn".to_owned());
@@ -301,34 +305,75 @@ impl Network {
     /// When the present state can't be read.
     pub async fn health(&self, desired: &Desired) -> Result<Vec<Finding>, Error> {
         let mut findings = health::findings(&self.kernel.observe().await?, desired);
-        if !self.backend.as_ref().map_or(Ok(false), Backend::present)? {
+        let present = match &self.backend {
+            Some(backend) => on(backend, Backend::present).await?,
+            None => false,
+        };
+        if !present {
             findings.insert(0, health::firewall_missing(desired));
         }
         Ok(findings)
     }
 
-    fn is_installed(&self, ruleset: &Ruleset) -> Result<bool, Error> {
+    async fn is_installed(&self, ruleset: &Ruleset) -> Result<bool, Error> {
         match &self.backend {
-            Some(backend) if self.installed.as_ref() == Some(ruleset) => Ok(backend.present()?),
+            Some(backend) if self.installed.as_ref() == Some(ruleset) => Ok(on(backend, Backend::present).await?),
             _ => Ok(false),
         }
     }
 }
 
+/// Runs what waits for the kernel or a program on a thread for such: a program may take seconds, and the bus and the watchdog
+/// are served meanwhile.
+async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T, firewall::Error> + Send + 'static,
+) -> Result<T, firewall::Error> {
+    let done = tokio::task::spawn_blocking(work).await;
+    done.unwrap_or_else(|error| Err(firewall::Error::Socket(io::Error::other(error))))
+}
+
+/// [`blocking`] with the way to the firewall.
+async fn on<T: Send + 'static>(
+    backend: &Backend,
+    work: impl FnOnce(&Backend) -> Result<T, firewall::Error> + Send + 'static,
+) -> Result<T, firewall::Error> {
+    let backend = backend.clone();
+    blocking(move || work(&backend)).await
+}
+
 /// Connections from outside that are open already. They can only be kept if they are known, so an error means none.
-fn sessions(desired: &Desired) -> Vec<(SocketAddr, SocketAddr)> {
+async fn sessions(observed: &Observed, desired: &Desired) -> Vec<(SocketAddr, SocketAddr)> {
     if !desired.inbound_replies {
         return vec![];
     }
-    sockets::inbound_sessions().unwrap_or_else(|error| {
+    let outside: HashSet<IpAddr> = observed.outside_addresses().map(|address| address.to_canonical()).collect();
+    let read = tokio::task::spawn_blocking(move || sockets::inbound_sessions(&outside)).await.map_err(io::Error::other);
+    let sessions = read.and_then(|sessions| sessions).unwrap_or_else(|error| {
         tracing::warn!(%error, "the table of sockets can't be read: open connections from outside will end");
         vec![]
-    })
+    });
+    if sessions.len() > MAX_SESSIONS {
+        tracing::warn!("more than {MAX_SESSIONS} connections from outside are open: the others will end");
+    }
+    sessions
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[tokio::test]
+    async fn a_slow_firewall_does_not_stop_the_loop() {
+        let backend = Backend::Nft("/usr/sbin/nft".into());
+        let (release, wait) = std::sync::mpsc::channel();
+        // Ends only when the loop goes on meanwhile.
+        let slow = on(&backend, move |_| {
+            let told = wait.recv_timeout(std::time::Duration::from_secs(10));
+            told.map_err(|_| firewall::Error::NoAnswer(10))
+        });
+        let (slow, _) = tokio::join!(slow, async { release.send(()) });
+        assert!(slow.is_ok());
+    }
 
     /// Questions are answered from other tasks than the one that applies.
     #[test]

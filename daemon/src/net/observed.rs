@@ -76,4 +76,10 @@ impl Observed {
     pub(super) fn addresses(&self) -> impl Iterator<Item = IpAddr> {
         self.addresses.iter().map(|address| address.address.addr())
     }
+
+    /// The addresses that are not those of a tunnel device of ours.
+    pub(super) fn outside_addresses(&self) -> impl Iterator<Item = IpAddr> {
+        let tunnel = |index| self.links.iter().any(|link| link.ours && link.index == index);
+        self.addresses.iter().filter(move |address| !tunnel(address.index)).map(|address| address.address.addr())
+    }
 }

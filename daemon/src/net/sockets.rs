@@ -6,8 +6,8 @@ use std::fs::File;
 use std::io::{self, BufRead, BufReader};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
-/// How many sessions are given at most.
-pub const MAX_SESSIONS: usize = 1024;
+use super::firewall::MAX_SESSIONS;
+
 /// thread-self: the namespace of this thread, not of the main one.
 const TABLES: [&str; 2] = ["/proc/thread-self/net/tcp", "/proc/thread-self/net/tcp6"];
 /// `TCP_ESTABLISHED` (include/net/tcp_states.h).
@@ -24,9 +24,11 @@ struct Socket {
     uid: u32,
 }
 
-/// Established connections that began outside, as (local, remote): their local port has a listening socket. IPv4 over an
-/// IPv6 socket is given as IPv4. Connections of this machine with itself are left out. At most [`MAX_SESSIONS`].
-pub fn inbound_sessions() -> io::Result<Vec<(SocketAddr, SocketAddr)>> {
+/// Established connections that began outside, as (local, remote): their local port has a listening socket, and their local
+/// address is one of `outside`, the addresses that are not the tunnel's. IPv4 over an IPv6 socket is given as IPv4.
+/// Connections of this machine with itself are left out. At most one more than [`MAX_SESSIONS`], which tells that there are
+/// more.
+pub fn inbound_sessions(outside: &HashSet<IpAddr>) -> io::Result<Vec<(SocketAddr, SocketAddr)>> {
     // Two passes, so that memory is bounded by the ports and not by the connections.
     let mut ports = HashSet::new();
     for_each(|socket| {
@@ -37,13 +39,21 @@ pub fn inbound_sessions() -> io::Result<Vec<(SocketAddr, SocketAddr)>> {
     })?;
     let mut sessions = vec![];
     for_each(|socket| {
-        let own = socket.local.ip().is_loopback() || socket.local.ip() == socket.remote.ip();
-        if socket.state == ESTABLISHED && !own && ports.contains(&socket.local.port()) {
+        if is_inbound(socket, &ports, outside) {
             sessions.push((socket.local, socket.remote));
         }
-        sessions.len() < MAX_SESSIONS
+        sessions.len() <= MAX_SESSIONS
     })?;
     Ok(sessions)
+}
+
+/// A program may listen and connect from one port: what goes through the tunnel must not count as begun outside.
+fn is_inbound(socket: Socket, ports: &HashSet<u16>, outside: &HashSet<IpAddr>) -> bool {
+    let own = socket.local.ip().is_loopback() || socket.local.ip() == socket.remote.ip();
+    socket.state == ESTABLISHED
+        && !own
+        && ports.contains(&socket.local.port())
+        && outside.contains(&socket.local.ip().to_canonical())
 }
 
 /// The user id of the listening TCP socket that a connection to `address`, an address of this machine, would reach.
@@ -167,6 +177,23 @@ mod tests {
         assert_eq!(listener_uid(SocketAddr::new("127.0.0.2".parse().unwrap(), address.port())), None);
         drop(exact);
         assert_eq!(listener_uid(address), None);
+    }
+
+    #[test]
+    fn what_goes_through_the_tunnel_did_not_begin_outside() {
+        let (ports, outside) = (HashSet::from([22]), HashSet::from(["192.0.2.1".parse().unwrap()]));
+        let cases = [
+            ("192.0.2.1:22", "198.51.100.7:5000", true),
+            ("[::ffff:192.0.2.1]:22", "[::ffff:198.51.100.7]:5000", true),
+            ("192.0.2.1:23", "198.51.100.7:5000", false),
+            ("192.0.2.1:22", "192.0.2.1:5000", false),
+            ("10.255.255.1:22", "198.51.100.7:443", false),
+        ];
+        for (local, remote, expected) in cases {
+            let (local, remote) = (local.parse().unwrap(), remote.parse().unwrap());
+            let socket = Socket { local, remote, state: ESTABLISHED, uid: 0 };
+            assert_eq!(is_inbound(socket, &ports, &outside), expected, "{local} {remote}");
+        }
     }
 
     #[test]

@@ -1,5 +1,6 @@
 //! What goes into the tunnel, and what around it.
 
+use std::collections::HashSet;
 use std::io::{Read, Write};
 use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream};
 use std::os::fd::OwnedFd;
@@ -218,11 +219,13 @@ fn sessions_from_outside_are_found() {
             SocketAddr::new(HOST6.parse().unwrap(), both_port),
         ];
         let clients = world.peer.run(|| targets.map(|target| TcpStream::connect(target).unwrap()));
-        let mut found = sockets::inbound_sessions().unwrap();
+        let outside = HashSet::from([IpAddr::from(HOST), HOST6.parse().unwrap()]);
+        let mut found = sockets::inbound_sessions(&outside).unwrap();
         let mut expected: Vec<_> = targets.into_iter().zip(clients.iter().map(|c| c.local_addr().unwrap())).collect();
         found.sort_unstable();
         expected.sort_unstable();
         assert_eq!(found, expected);
+        assert!(sockets::inbound_sessions(&HashSet::new()).unwrap().is_empty(), "only those of the given addresses");
         assert_eq!(sockets::listener_uid(targets[1]), Some(0));
         drop((v4, both));
         assert_eq!(sockets::listener_uid(targets[1]), None);
