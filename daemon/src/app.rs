@@ -56,9 +56,9 @@ pub struct Args {
     /// Undo every change that a daemon made to the network, without any state, and exit
     #[arg(long)]
     cleanup: bool,
-    /// With --cleanup: do nothing when systemd says that the service failed and will be started again (ExecStopPost=)
+    /// With --cleanup, for ExecStopPost=: only after a deliberate stop, and without forgetting what is wanted
     #[arg(long, requires = "cleanup")]
-    unless_failed: bool,
+    stop_post: bool,
 }
 
 /// Why the daemon cannot run: the message is complete.
@@ -95,10 +95,8 @@ pub fn main(args: &Args) -> ExitCode {
 
 /// `--cleanup`.
 async fn clean_up(args: &Args) -> Result<(), Fatal> {
-    // systemd.exec(5): "success", or how the service ended. After a failure the block must stay until the restart.
-    let result = std::env::var("SERVICE_RESULT").unwrap_or_else(|_| "success".to_owned());
-    if args.unless_failed && result != "success" {
-        println!("the service ended with {result} and will be started again: the network stays as it is");
+    if args.stop_post && !stopped_deliberately() {
+        println!("the service failed and will be started again: the network stays as it is");
         return Ok(());
     }
     if PidFile::running(&args.runtime_dir) {
@@ -108,9 +106,12 @@ async fn clean_up(args: &Args) -> Result<(), Fatal> {
                 .to_owned(),
         ));
     }
-    IntentFile::new(&args.runtime_dir)
-        .clear()
-        .map_err(|error| Fatal::new("cannot remove the record of what is wanted", &error))?;
+    // After a stop systemd removes the record with the runtime directory; for a restart it keeps both.
+    if !args.stop_post {
+        IntentFile::new(&args.runtime_dir)
+            .clear()
+            .map_err(|error| Fatal::new("cannot remove the record of what is wanted", &error))?;
+    }
     let mut network = Network::open(&args.state_dir).await.map_err(|error| Fatal::new("cannot clean up", &error))?;
     let report = network.clean_up().await;
     for removed in &report.removed {
@@ -123,6 +124,12 @@ async fn clean_up(args: &Args) -> Result<(), Fatal> {
         }
         Some(_) => Err(Fatal(report.errors.iter().map(|error| chain(error)).collect::<Vec<_>>().join("\n"))),
     }
+}
+
+/// How systemd says that the service ended (`SERVICE_RESULT`, systemd.exec(5)). A start has no time limit, so `timeout` can
+/// only be that of a stop. After a failure the block must stay in force until the restart.
+fn stopped_deliberately() -> bool {
+    matches!(std::env::var("SERVICE_RESULT").as_deref(), Ok("success" | "timeout"))
 }
 
 async fn serve(args: &Args) -> Result<(), Fatal> {
