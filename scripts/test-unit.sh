@@ -23,13 +23,15 @@ fi
 
 if command -v shellcheck >/dev/null; then check "shellcheck" shellcheck -x -P . scripts/*.sh .ci/run
 else skipped "shellcheck" "shellcheck is not installed"; fi
-python_files() { python3 - scripts/*.py tests/e2e/*.py <<'PY'
+python_files() { python3 - scripts/*.py tests/e2e/*.py bench/*.py <<'PY'
 import ast, sys
 for name in sys.argv[1:]:
     ast.parse(open(name, encoding="utf-8").read(), name)
 PY
 }
 check "python files parse" python_files
+bench_compiles() { local file; for file in bench/*.c; do cc -std=gnu11 -O2 -Wall -Wextra -Werror -fsyntax-only "$file" || return 1; done; }
+check "the bench's C files compile without warnings" bench_compiles
 licences() { cargo_run metadata --format-version 1 --locked | python3 scripts/licences.py deny.toml; }
 check "licences and sources of dependencies" licences
 if as_builder env PATH="$PATH" cargo deny --version >/dev/null 2>&1; then check "cargo deny" cargo_run deny --offline check bans sources
