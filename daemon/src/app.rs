@@ -249,7 +249,12 @@ struct PidFile {
 impl PidFile {
     /// Whether a daemon holds the lock.
     fn running(directory: &Path) -> bool {
-        fs::File::open(directory.join("proxyvpnd.pid"))
+        // Never waits, whatever lies there.
+        let mut options = fs::OpenOptions::new();
+        options
+            .read(true)
+            .custom_flags(libc::O_NONBLOCK | libc::O_NOFOLLOW)
+            .open(directory.join("proxyvpnd.pid"))
             .is_ok_and(|file| matches!(file.try_lock_shared(), Err(fs::TryLockError::WouldBlock)))
     }
 
@@ -260,7 +265,9 @@ impl PidFile {
             .write(true)
             .create(true)
             .truncate(false)
-            .mode(0o644)
+            // Whoever can open it can lock it, and then no daemon starts and no clean-up runs.
+            .mode(0o600)
+            .custom_flags(libc::O_NONBLOCK | libc::O_NOFOLLOW)
             .open(&path)
             .map_err(|error| Fatal::new(&format!("cannot write {shown}"), &error))?;
         match file.try_lock() {
@@ -280,5 +287,34 @@ impl PidFile {
 impl Drop for PidFile {
     fn drop(&mut self) {
         let _ = fs::remove_file(&self.path);
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, reason = "tests")]
+mod tests {
+    use std::os::unix::fs::PermissionsExt as _;
+
+    use super::*;
+
+    #[test]
+    fn nobody_else_can_lock_the_pid_file() {
+        let dir = crate::test_dir::TestDir::new("pid");
+        let directory = dir.path("");
+        assert!(!PidFile::running(&directory));
+        let held = PidFile::create(&directory).unwrap();
+        assert!(PidFile::running(&directory));
+        assert!(PidFile::create(&directory).unwrap_err().to_string().contains("runs already"));
+        assert_eq!(fs::metadata(dir.path("proxyvpnd.pid")).unwrap().permissions().mode() & 0o7777, 0o600);
+        drop(held);
+        assert!(!PidFile::running(&directory));
+    }
+
+    #[test]
+    fn a_link_in_the_place_of_the_pid_file_is_not_followed() {
+        let dir = crate::test_dir::TestDir::new("pid-link");
+        std::os::unix::fs::symlink(dir.path("elsewhere"), dir.path("proxyvpnd.pid")).unwrap();
+        assert!(PidFile::create(&dir.path("")).is_err());
+        assert!(!dir.path("elsewhere").exists());
     }
 }

@@ -167,6 +167,12 @@ impl Authority {
         Ok(answer?)
     }
 
+    /// Whether the caller is root. Not known means no.
+    pub async fn is_root(&self, header: &Header<'_>) -> bool {
+        let Some(sender) = header.sender() else { return false };
+        matches!(self.bus.get_connection_unix_user(sender.into()).await, Ok(0))
+    }
+
     /// Ends when `name` has left the bus, or the bus is gone.
     pub async fn vanished(&self, name: &UniqueName<'_>) {
         // Listen first, then look: a name that leaves in between is seen either way.

@@ -65,9 +65,9 @@ impl Log {
         (ring.iter().skip(skip).cloned().collect(), self.subscribe())
     }
 
-    /// Whether our own debug records are kept too.
-    pub fn set_verbose(&self, verbose: bool) {
-        self.0.verbose.store(verbose, Ordering::Relaxed);
+    /// Whether our own debug records are kept too. Gives what was set before.
+    pub fn set_verbose(&self, verbose: bool) -> bool {
+        self.0.verbose.swap(verbose, Ordering::Relaxed)
     }
 
     /// Adds a record.

@@ -1,6 +1,7 @@
 //! The proxy backend: TUN device and packet engine.
 
 use std::collections::HashMap;
+use std::net::IpAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -19,8 +20,8 @@ use super::{caches, upstream};
 use crate::machine::world::{Facts, Fault, Inspector, World};
 use crate::machine::{Failure, Phase, Request};
 use crate::net::desired::{Desired, Tunnel};
-use crate::net::{Network, Stage};
-use crate::resolvers::Resolvers;
+use crate::net::{self, Finding, Network, Severity, Stage};
+use crate::resolvers::{self, Origin, Resolvers};
 
 /// Events that may wait; the engine coalesces what does not fit.
 const EVENTS: usize = 16;
@@ -160,6 +161,12 @@ impl Proxy {
         self.network().await?.apply(stage, &desired).await.map_err(|error| network::failure(&error))
     }
 
+    /// The resolvers that the present profile would let through now; `None` when it names its own.
+    fn resolvers_now(&self) -> Option<Vec<IpAddr>> {
+        let named = self.resolvers.as_ref()?.origin == Origin::Given;
+        (!named).then(|| resolvers::find(&[], &resolvers::Paths::default()).addresses)
+    }
+
     async fn stop_engine(&mut self) {
         self.engine.stop().await;
         self.events = None;
@@ -250,8 +257,18 @@ impl World for Proxy {
         if !desired.killswitch {
             items.push(item("killswitch-off", "warning", "What does not go through the tunnel is not blocked"));
         }
+        if let (Some(resolvers), Some(now)) = (&self.resolvers, self.resolvers_now())
+            && resolvers.addresses != now
+        {
+            let now = if now.is_empty() { "none".to_owned() } else { texts(&now).join(", ") };
+            let text = format!(
+                "The machine's DNS servers changed (now: {now}), and the new ones are not let through. \
+                 Run `proxyctl reconnect`"
+            );
+            items.push(item("resolvers-changed", "warning", text));
+        }
         match self.network().await {
-            Ok(network) => match network.health(&desired).await {
+            Ok(network) => match checked(network, &desired).await {
                 Ok(found) => {
                     items.extend(found.into_iter().map(|found| item(found.code, found.severity.as_str(), found.text)))
                 }
@@ -292,6 +309,29 @@ impl World for Proxy {
     fn inspector(&self) -> impl Inspector + use<> {
         ProxyInspector::new(self.state_dir.clone(), self.engine.clone())
     }
+}
+
+/// What is not as applied. What others removed is put back.
+async fn checked(network: &mut Network, desired: &Desired) -> Result<Vec<Finding>, net::Error> {
+    let found = network.health(desired).await?;
+    if !found.iter().any(|found| ["firewall-missing", "steering-changed"].contains(&found.code)) {
+        return Ok(found);
+    }
+    for found in &found {
+        tracing::warn!(code = found.code, "{}", found.text);
+    }
+    for stage in [Stage::Firewall, Stage::Routes] {
+        if let Err(error) = network.apply(stage, desired).await {
+            tracing::error!(error = &error as &dyn std::error::Error, "what others removed cannot be put back");
+        }
+    }
+    let mut found = network.health(desired).await?;
+    found.push(Finding {
+        code: "put-back",
+        severity: Severity::Warning,
+        text: "Another program had removed rules or routes of proxyvpn; they were put back.".to_owned(),
+    });
+    Ok(found)
 }
 
 fn item(code: impl Into<String>, severity: &str, text: impl Into<String>) -> HealthItem {

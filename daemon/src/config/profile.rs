@@ -81,6 +81,8 @@ pub enum PasswordSource {
     File(PathBuf),
     /// A systemd credential (`LoadCredential=`), by name.
     Credential(String),
+    /// It came with the call that connected, and is nowhere on disk.
+    Caller,
 }
 
 /// `[tun]`.

@@ -49,6 +49,12 @@ pub enum SecretError {
         /// Where it came from.
         origin: String,
     },
+    /// The call that brought it was to another daemon process.
+    #[error(
+        "the password came with the call that connected, and a daemon that starts again does not have it; \
+         run `proxyctl disconnect`, then connect again"
+    )]
+    Gone,
     /// The caller's descriptor gives nothing.
     #[error("cannot read the password from the caller's descriptor")]
     Descriptor(#[source] DescriptorError),
@@ -64,6 +70,7 @@ pub fn read(source: &PasswordSource) -> Result<Secret, SecretError> {
         PasswordSource::Credential(name) => {
             read_credential(name, std::env::var_os("CREDENTIALS_DIRECTORY"), &[0, geteuid().as_raw()])
         }
+        PasswordSource::Caller => Err(SecretError::Gone),
     }
 }
 

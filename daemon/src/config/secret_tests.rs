@@ -135,3 +135,9 @@ async fn an_endless_or_mute_descriptor_ends_in_time() {
     assert!(read_fd(write_only).await.is_err());
     assert!(begin.elapsed() < descriptor::TIMEOUT + Duration::from_secs(1), "{:?}", begin.elapsed());
 }
+
+#[test]
+fn a_password_of_a_caller_is_not_kept() {
+    let error = read(&PasswordSource::Caller).unwrap_err().to_string();
+    assert!(error.contains("connect again"), "{error}");
+}

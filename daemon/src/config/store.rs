@@ -36,6 +36,15 @@ pub enum Origin {
     Imported,
 }
 
+/// Who imports a profile.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Importer {
+    /// root.
+    Root,
+    /// Any other user, whom polkit allows to manage profiles. That is less than to read what the daemon can read.
+    User,
+}
+
 /// A profile in a list.
 #[derive(Debug)]
 pub struct Entry {
@@ -76,6 +85,12 @@ pub enum StoreError {
         /// File.
         path: PathBuf,
     },
+    /// It names a stored password, which whoever wrote it would get to see at a proxy of their choice.
+    #[error(
+        "only root can import a profile with password-file or password-credential, because the profile says which proxy gets \
+         the password; run the import with sudo, or leave the line out and give the password when you connect"
+    )]
+    Secret,
     /// Over the bound.
     #[error("there are {MAX_PROFILES} profiles already; remove one first")]
     Full,
@@ -173,13 +188,16 @@ impl ProfileStore {
     /// Checks a text and stores it under `name`; whole or not at all.
     ///
     /// # Errors
-    /// It has an error, the name is taken (unless `replace`) or the administrator's, or the disk refuses.
-    pub fn import(&self, name: &str, text: &str, replace: bool) -> Result<Profile, StoreError> {
+    /// It has an error, it names a stored password and `by` is not root, the name is taken (unless `replace`) or the administrator's, or the disk refuses.
+    pub fn import(&self, name: &str, text: &str, replace: bool, by: Importer) -> Result<Profile, StoreError> {
         check::profile_name(name).map_err(StoreError::Name)?;
         if text.len() > MAX_TEXT {
             return Err(StoreError::TooLong);
         }
         let profile = parse::profile(name, &format!("{name}{SUFFIX}"), text)?;
+        if profile.upstream.password.is_some() && by != Importer::Root {
+            return Err(StoreError::Secret);
+        }
         let _guard = self.lock();
         self.refuse_system(name)?;
         let place = &self.imported;

@@ -94,7 +94,7 @@ fn a_name_cannot_leave_the_directory() {
     for name in ["../secret", "/etc/passwd", "", ".", "a\0b", "\x1b[31m"] {
         assert!(matches!(bench.store.get(name), Err(StoreError::NotFound { .. })), "{name:?}");
         assert!(matches!(bench.store.remove(name), Err(StoreError::NotFound { .. })), "{name:?}");
-        assert!(matches!(bench.store.import(name, GOOD, true), Err(StoreError::Name(_))), "{name:?}");
+        assert!(matches!(bench.store.import(name, GOOD, true, Importer::User), Err(StoreError::Name(_))), "{name:?}");
     }
     assert!(!bench.says("\x1b[31m").contains('\x1b'));
 }
@@ -143,7 +143,7 @@ fn a_directory_that_others_could_write_is_refused_with_the_remedy() {
     assert!(bench.says("a").contains(&want), "{}", bench.says("a"));
     assert_eq!(names(&bench.store), [("a".to_owned(), Origin::System, false)]);
     mode(&bench.dir.path("imported"), 0o777);
-    assert!(bench.store.import("b", GOOD, false).unwrap_err().to_string().contains("chmod go-w"));
+    assert!(bench.store.import("b", GOOD, false, Importer::User).unwrap_err().to_string().contains("chmod go-w"));
 }
 
 #[test]
@@ -168,7 +168,10 @@ fn what_is_no_plain_file_is_refused_and_never_waited_for() {
     symlink(bench.dir.path("system"), &elsewhere).unwrap();
     let store = ProfileStore::owned(elsewhere, bench.dir.path("imported"), geteuid().as_raw());
     assert!(store.get("a").unwrap_err().to_string().contains("not a directory"), "a link to a directory");
-    assert!(store.import("a", GOOD, false).is_err(), "whether the name is the administrator's cannot be told");
+    assert!(
+        store.import("a", GOOD, false, Importer::User).is_err(),
+        "whether the name is the administrator's cannot be told"
+    );
 }
 
 #[test]
@@ -179,21 +182,21 @@ fn size_and_encoding_are_bounded() {
     std::fs::write(path, b"\xff").unwrap();
     assert!(bench.says("a").contains("not UTF-8"), "{}", bench.says("a"));
     let long = format!("{GOOD}#{}", "x".repeat(MAX_TEXT));
-    assert!(matches!(bench.store.import("b", &long, false), Err(StoreError::TooLong)));
+    assert!(matches!(bench.store.import("b", &long, false, Importer::User), Err(StoreError::TooLong)));
 }
 
 #[test]
 fn an_import_is_checked_written_whole_and_private() {
     let bench = Bench::new();
-    let error = bench.store.import("a", BAD, false).unwrap_err().to_string();
+    let error = bench.store.import("a", BAD, false, Importer::User).unwrap_err().to_string();
     assert!(error.starts_with("a.toml:2:7: "), "{error}");
     assert!(bench.store.list().is_empty(), "nothing of a bad text stays");
-    assert_eq!(bench.store.import("a", GOOD, false).unwrap().name, "a");
+    assert_eq!(bench.store.import("a", GOOD, false, Importer::User).unwrap().name, "a");
     let path = bench.dir.path("imported/a.toml");
     assert_eq!(std::fs::metadata(&path).unwrap().mode() & 0o7777, 0o600);
-    assert!(matches!(bench.store.import("a", OTHER, false), Err(StoreError::Exists { .. })));
+    assert!(matches!(bench.store.import("a", OTHER, false, Importer::User), Err(StoreError::Exists { .. })));
     assert_eq!(bench.store.text("a").unwrap(), GOOD);
-    bench.store.import("a", OTHER, true).unwrap();
+    bench.store.import("a", OTHER, true, Importer::User).unwrap();
     assert_eq!(bench.store.text("a").unwrap(), OTHER);
     let left: Vec<_> = std::fs::read_dir(bench.dir.path("imported")).unwrap().collect();
     assert_eq!(left.len(), 1, "no temporary file stays: {left:?}");
@@ -207,8 +210,8 @@ fn an_import_neither_follows_a_link_nor_trips_over_a_crash() {
     let victim = bench.put("victim", "untouched");
     symlink(&victim, bench.dir.path("imported/.a.toml.new")).unwrap();
     symlink(&victim, bench.dir.path("imported/a.toml")).unwrap();
-    assert!(matches!(bench.store.import("a", GOOD, false), Err(StoreError::Exists { .. })));
-    bench.store.import("a", GOOD, true).unwrap();
+    assert!(matches!(bench.store.import("a", GOOD, false, Importer::User), Err(StoreError::Exists { .. })));
+    bench.store.import("a", GOOD, true, Importer::User).unwrap();
     assert_eq!(std::fs::read_to_string(victim).unwrap(), "untouched");
     assert_eq!(bench.store.text("a").unwrap(), GOOD);
 }
@@ -218,7 +221,7 @@ fn the_imported_directory_is_made_when_it_is_needed() {
     let bench = Bench::new();
     let path = bench.dir.path("new");
     let store = ProfileStore::owned(bench.dir.path("system"), path.clone(), geteuid().as_raw());
-    store.import("a", GOOD, false).unwrap();
+    store.import("a", GOOD, false, Importer::User).unwrap();
     assert_eq!(std::fs::metadata(path).unwrap().mode() & 0o777, 0o700);
 }
 
@@ -229,7 +232,7 @@ fn the_administrators_profiles_are_neither_hidden_nor_removed() {
     for text in [GOOD, BAD] {
         bench.put("system/a.toml", text);
         for replace in [false, true] {
-            let error = bench.store.import("a", OTHER, replace).unwrap_err();
+            let error = bench.store.import("a", OTHER, replace, Importer::User).unwrap_err();
             assert!(matches!(error, StoreError::Protected { .. }), "{error}");
         }
         assert!(matches!(bench.store.remove("a"), Err(StoreError::Protected { .. })));
@@ -244,8 +247,21 @@ fn the_number_of_profiles_is_bounded() {
     for number in 0..MAX_PROFILES {
         bench.put(&format!("imported/p{number}.toml"), GOOD);
     }
-    assert!(matches!(bench.store.import("one-more", GOOD, false), Err(StoreError::Full)));
-    bench.store.import("p0", OTHER, true).unwrap();
+    assert!(matches!(bench.store.import("one-more", GOOD, false, Importer::User), Err(StoreError::Full)));
+    bench.store.import("p0", OTHER, true, Importer::User).unwrap();
     bench.put("imported/over.toml", GOOD);
     assert_eq!(bench.store.list().len(), MAX_PROFILES);
+}
+
+#[test]
+fn a_stored_password_is_given_to_a_proxy_only_by_root() {
+    let bench = Bench::new();
+    for line in ["password-file = \"/etc/proxyvpn/other.secret\"", "password-credential = \"other\""] {
+        let text = format!("[upstream]\nurl = \"http://me@proxy.example:8080\"\n{line}\n");
+        let error = bench.store.import("mine", &text, false, Importer::User).unwrap_err();
+        assert!(matches!(error, StoreError::Secret) && error.to_string().contains("sudo"), "{error}");
+        assert!(matches!(bench.store.get("mine"), Err(StoreError::NotFound { .. })));
+        bench.store.import("mine", &text, false, Importer::Root).unwrap();
+        bench.store.remove("mine").unwrap();
+    }
 }

@@ -57,7 +57,7 @@ impl Blocked {
             let wake = tokio::select! {
                 order = context.orders.next() => Wake::Order(order),
                 fault = context.world.fault(), if !self.rebuild => Wake::Fault(fault),
-                () = sleep_until(retry), if self.request.is_some() || self.unclosed.is_some() => Wake::Retry,
+                () = sleep_until(retry) => Wake::Retry,
             };
             match wake {
                 Wake::Order(Order::Connect(_, reply)) => {
@@ -90,8 +90,9 @@ impl Blocked {
                 Wake::Retry if self.rebuild => {
                     self.attempt = self.attempt.saturating_add(1);
                     let Some(request) = self.request.take() else {
+                        // What is wanted is not known, but the block stays, and comes back if others removed it.
                         self.close(context).await;
-                        context.enter(State::Blocked, self.reason(), None);
+                        context.because(self.reason());
                         retry = Instant::now() + backoff(self.attempt);
                         continue;
                     };
@@ -107,6 +108,8 @@ impl Blocked {
                             return Stage::Connecting(Connecting::again(request, 0));
                         }
                     }
+                    let health = context.world.health().await;
+                    context.health(health);
                     self.attempt = self.attempt.saturating_add(1);
                     retry = Instant::now() + backoff(self.attempt);
                 }

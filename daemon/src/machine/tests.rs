@@ -390,7 +390,7 @@ fn an_unreadable_record_blocks_until_somebody_decides() {
         assert_eq!(rig.handle.view.borrow().reason.code, "intent-unreadable");
         assert!(matches!(rig.reconnect().await, Err(Error::NotConnected(_))));
         tokio::time::sleep(Duration::from_secs(3600)).await;
-        assert_eq!(rig.script.calls(), "");
+        assert!(rig.script.calls().split(' ').all(|call| call == "block"), "looked after, never connected");
         rig.disconnect().await.unwrap();
         rig.until(State::Disconnected).await;
         assert_eq!(rig.intent(), Intent::Nothing);
@@ -459,8 +459,6 @@ fn a_block_that_failed_is_tried_again_though_nobody_knows_what_was_wanted() {
         let closed = |view: &View| !view.reason.text.contains("unprotected");
         tokio::time::timeout(Duration::from_secs(60), rig.handle.view.wait_for(closed)).await.unwrap().unwrap();
         assert_eq!(rig.script.calls(), "block block block");
-        tokio::time::sleep(Duration::from_secs(3600)).await;
-        assert_eq!(rig.script.calls(), "");
     });
 }
 

@@ -8,7 +8,7 @@ use proxyvpn_dbus::Error;
 use proxyvpn_dbus::names::{action, profile_path};
 use proxyvpn_dbus::options::status;
 use proxyvpn_dbus::types::{Check, Flow, HealthItem, LogRecord, PlanStep, Progress, Reason, State};
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::{Semaphore, SemaphorePermit, mpsc, oneshot};
 use zbus::message::Header;
 use zbus::object_server::SignalEmitter;
 use zbus::{Connection, ObjectServer, OwnedObjectPath, OwnedVariant, Variant};
@@ -18,7 +18,7 @@ use super::options::{self, ConnectOptions};
 use super::profiles::Profiles;
 use super::publish;
 use crate::authority::Authority;
-use crate::config::store::MAX_TEXT;
+use crate::config::store::{Importer, MAX_TEXT};
 use crate::config::{check, descriptor, secret};
 use crate::log::Log;
 use crate::machine::{Command, Handle, Request};
@@ -27,6 +27,8 @@ use crate::machine::{Command, Handle, Request};
 const ACCEPT: Duration = Duration::from_secs(30);
 /// How long looking ahead may take: names are resolved and the proxy is probed.
 const EXAMINE: Duration = Duration::from_secs(120);
+/// Most callers who look ahead at the same time: each opens sockets and asks the proxy.
+pub(super) const EXAMINERS: usize = 8;
 /// How long counters may take: the reading of properties waits for them.
 const COUNT: Duration = Duration::from_secs(2);
 /// Longest profile name (`check::profile_name`).
@@ -40,6 +42,8 @@ pub(super) struct Manager {
     pub(super) profiles: Arc<Profiles>,
     pub(super) log: Log,
     pub(super) followers: Followers,
+    /// Free places for those who look ahead.
+    pub(super) examiners: Semaphore,
 }
 
 impl Manager {
@@ -97,6 +101,13 @@ impl Manager {
         Ok(Some((Request { profile, password }, verbose)))
     }
 
+    /// A place among those who look ahead.
+    fn place(&self) -> Result<SemaphorePermit<'_>, Error> {
+        self.examiners.try_acquire().map_err(|_| {
+            Error::LimitExceeded(format!("{EXAMINERS} plans and checks are being made already; try again in a moment"))
+        })
+    }
+
     async fn load(&self, name: &str) -> Result<crate::config::profile::Profile, Error> {
         let name = name.to_owned();
         self.profiles.with_store(move |store| store.get(&name)).await
@@ -138,9 +149,14 @@ impl Manager {
         #[zbus(header)] header: Header<'_>,
     ) -> Result<(), Error> {
         let (request, verbose) = self.request(profile, options, &header).await?.ok_or_else(nameless)?;
-        self.tell(ACCEPT, |reply| Command::Connect(Box::new(request), reply)).await??;
-        self.log.set_verbose(verbose);
-        Ok(())
+        // Before the connection begins; `publish` ends it with the connection.
+        let before = self.log.set_verbose(verbose);
+        let accepted = self.tell(ACCEPT, |reply| Command::Connect(Box::new(request), reply)).await;
+        let accepted = accepted.and_then(|answer| answer);
+        if accepted.is_err() {
+            self.log.set_verbose(before);
+        }
+        accepted
     }
 
     /// Ends the connection; returns when accepted.
@@ -177,6 +193,7 @@ impl Manager {
         #[zbus(header)] header: Header<'_>,
     ) -> Result<Vec<PlanStep>, Error> {
         let (request, _) = self.request(profile, options, &header).await?.ok_or_else(nameless)?;
+        let _place = self.place()?;
         self.tell(EXAMINE, |reply| Command::Plan(Box::new(request), reply)).await?
     }
 
@@ -188,6 +205,7 @@ impl Manager {
         #[zbus(header)] header: Header<'_>,
     ) -> Result<Vec<Check>, Error> {
         let request = self.request(profile, options, &header).await?.map(|(request, _)| Box::new(request));
+        let _place = self.place()?;
         self.tell(EXAMINE, |reply| Command::Diagnose(request, reply)).await
     }
 
@@ -196,6 +214,7 @@ impl Manager {
         &self,
         text: zbus::OwnedFd,
         options: HashMap<String, OwnedVariant>,
+        #[zbus(header)] header: Header<'_>,
         #[zbus(object_server)] server: &ObjectServer,
     ) -> Result<OwnedObjectPath, Error> {
         let (name, replace) = options::import(options)?;
@@ -208,7 +227,8 @@ impl Manager {
         let text = std::str::from_utf8(&bytes).map(str::to_owned);
         let text = text.map_err(|_| Error::InvalidProfile("the profile is not UTF-8 text".to_owned()))?;
         let path = OwnedObjectPath::try_from(profile_path(&name))?;
-        self.profiles.with_store(move |store| store.import(&name, &text, replace)).await?;
+        let by = if self.authority.is_root(&header).await { Importer::Root } else { Importer::User };
+        self.profiles.with_store(move |store| store.import(&name, &text, replace, by)).await?;
         self.profiles.sync(server).await?;
         Ok(path)
     }

@@ -11,7 +11,7 @@ use zbus::{OwnedVariant, Variant};
 
 use crate::config::check;
 use crate::config::error::Rejected;
-use crate::config::profile::{Backend, DnsSpec, Profile, ProtectSpec, Scheme, TunSpec, UpstreamSpec};
+use crate::config::profile::{Backend, DnsSpec, PasswordSource, Profile, ProtectSpec, Scheme, TunSpec, UpstreamSpec};
 use crate::config::url::{self, UpstreamUrl};
 
 /// Name of a connection without a profile.
@@ -193,6 +193,10 @@ impl ConnectOptions {
         }
         if password && upstream.username.is_none() {
             return Err(invalid(connect::PASSWORD, "a password needs a user name; give username too"));
+        }
+        if password {
+            // Not that of the profile, even when this one is gone: the options may lead to another proxy.
+            upstream.password = Some(PasswordSource::Caller);
         }
         overlay(&mut profile.tun.name, self.tun_name.as_ref());
         overlay(&mut profile.tun.cidr, self.tun_cidr.as_ref());

@@ -157,7 +157,8 @@ fn a_stored_password_goes_nowhere_else() {
         if key == "proxy-url" {
             options.push(("username", "v".into()));
         }
-        applied(Some(stored("proxy.example")), options).unwrap();
+        let profile = applied(Some(stored("proxy.example")), options).unwrap();
+        assert_eq!(profile.upstream.password, Some(PasswordSource::Caller), "the stored one is out of it for good");
     }
     let kept = applied(Some(stored("192.0.2.1")), vec![("dns", vec!["192.0.2.53"].into())]).unwrap();
     assert!(kept.upstream.password.is_some(), "an address is not looked up");

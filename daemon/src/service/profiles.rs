@@ -148,6 +148,7 @@ pub(super) fn store_error(error: &StoreError) -> Error {
         StoreError::Invalid(_) | StoreError::Name(_) | StoreError::TooLong => Error::InvalidProfile(text),
         StoreError::Exists { .. } => Error::ProfileExists(text),
         StoreError::Protected { .. } => Error::ProfileProtected(text),
+        StoreError::Secret => Error::NotAuthorized(text),
         StoreError::Full => Error::LimitExceeded(text),
         StoreError::Write { .. } => Error::Internal(text),
     }

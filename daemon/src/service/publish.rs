@@ -4,12 +4,14 @@ use std::borrow::Cow;
 use std::collections::HashMap;
 
 use proxyvpn_dbus::names::{MANAGER, MANAGER_PATH};
+use proxyvpn_dbus::types::State;
 use tokio::sync::watch;
 use zbus::names::InterfaceName;
 use zbus::object_server::SignalEmitter;
 use zbus::{Connection, Variant, fdo};
 
 use super::manager::Manager;
+use crate::log::Log;
 use crate::machine::View;
 
 /// How a property is read from a view.
@@ -34,12 +36,16 @@ fn changes(old: &View, new: &View) -> HashMap<&'static str, Variant<'static>> {
 }
 
 /// Follows the view until the machine ends. Views that follow each other faster than the bus takes them are joined.
-pub(super) async fn follow(mut view: watch::Receiver<View>, connection: Connection) -> zbus::Result<()> {
+/// When a connection ends, so does `log` being verbose for it.
+pub(super) async fn follow(mut view: watch::Receiver<View>, connection: Connection, log: Log) -> zbus::Result<()> {
     let emitter = SignalEmitter::new(&connection, MANAGER_PATH)?;
     let interface = InterfaceName::try_from(MANAGER)?;
     let mut seen = view.borrow_and_update().clone();
     while view.changed().await.is_ok() {
         let now = view.borrow_and_update().clone();
+        if seen.state != State::Disconnected && now.state == State::Disconnected {
+            log.set_verbose(false);
+        }
         let changed = changes(&seen, &now);
         if !changed.is_empty() {
             // Before `StateChanged`: whoever acts on that may look at cached properties.

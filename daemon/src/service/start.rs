@@ -3,13 +3,14 @@
 use std::sync::Arc;
 
 use proxyvpn_dbus::names::{BUS, MANAGER_PATH};
+use tokio::sync::Semaphore;
 use tokio::task::JoinHandle;
 use zbus::fdo::{ObjectManager, RequestNameFlags};
 use zbus::{Connection, connection};
 
 use super::followers::Followers;
 use super::guard::Guarded;
-use super::manager::Manager;
+use super::manager::{EXAMINERS, Manager};
 use super::profiles::Profiles;
 use super::publish;
 use crate::authority::Authority;
@@ -76,8 +77,9 @@ impl Service {
             handle,
             authority: Arc::clone(&authority),
             profiles: Arc::clone(&profiles),
-            log,
+            log: log.clone(),
             followers: Followers::default(),
+            examiners: Semaphore::new(EXAMINERS),
         };
         let server = connection.object_server();
         let manager = Guarded { inner: manager, authority: Arc::clone(&authority) };
@@ -85,7 +87,7 @@ impl Service {
         let objects = Guarded { inner: ObjectManager, authority };
         server.at(MANAGER_PATH, objects).await.map_err(StartError::Register)?;
         profiles.sync(server).await.map_err(StartError::Profiles)?;
-        let follow = publish::follow(view, connection.clone());
+        let follow = publish::follow(view, connection.clone(), log);
         let publisher = tokio::spawn(async move {
             if let Err(error) = follow.await {
                 tracing::error!(error = &error as &dyn std::error::Error, "changes are no longer told on the bus");

@@ -14,7 +14,7 @@ use zbus::{Connection, Guid};
 
 use super::Service;
 use crate::authority::{METHODS, PROPERTIES};
-use crate::config::store::ProfileStore;
+use crate::config::store::{Importer, ProfileStore};
 use crate::log::Log;
 use crate::machine::{Machine, Phase};
 use crate::test_dir::TestDir;
@@ -31,7 +31,7 @@ async fn pair(profiles: &std::path::Path) -> (Service, Connection) {
     let (server, client) = tokio::try_join!(server, client).unwrap();
     let (_, handle) = Machine::new();
     let store = Arc::new(ProfileStore::open("/nonexistent", profiles));
-    store.import("work", "[upstream]\nurl = \"http://proxy.example:8080\"\n", true).unwrap();
+    store.import("work", "[upstream]\nurl = \"http://proxy.example:8080\"\n", true, Importer::User).unwrap();
     (Service::register(server, handle, store, Log::new(10)).await.unwrap(), client)
 }
 

@@ -209,3 +209,47 @@ fn the_log_goes_to_those_who_may_read_it() {
         }
     });
 }
+
+#[test]
+#[ignore = "needs root, dbus-daemon and polkitd"]
+fn only_root_imports_a_profile_that_names_a_password() {
+    run("callers::only_root_imports_a_profile_that_names_a_password", || async {
+        let _world = World::new().await;
+        let text =
+            "[upstream]\nurl = \"http://me@mine.example:8080\"\npassword-file = \"/etc/proxyvpn/other.secret\"\n";
+        let import = async |user: &str| {
+            let client = client(user).await;
+            manager(&client, "ImportProfile", &(pipe(text), options([("name", "mine".into())]))).await
+        };
+        let error = import("alice").await.unwrap_err();
+        assert!(error.starts_with("org.proxyvpn1.Error.NotAuthorized: only root"), "{error}");
+        import("root").await.unwrap();
+    });
+}
+
+#[test]
+#[ignore = "needs root, dbus-daemon and polkitd"]
+fn the_log_is_verbose_for_one_connection() {
+    run("callers::the_log_is_verbose_for_one_connection", || async {
+        let world = World::new().await;
+        let alice = client("alice").await;
+        let verbose = || {
+            let now = world.log.set_verbose(false);
+            world.log.set_verbose(now);
+            now
+        };
+        let request = options([("proxy-url", "http://proxy.example:8080".into()), ("verbose", true.into())]);
+        manager(&alice, "Connect", &("", request)).await.unwrap();
+        world.view.send_replace(View { state: State::Connected, ..View::default() });
+        manager(&alice, "Status", &()).await.unwrap();
+        assert!(verbose());
+        world.view.send_replace(View::default());
+        for _ in 0..100 {
+            if !verbose() {
+                return;
+            }
+            tokio::time::sleep(std::time::Duration::from_millis(10)).await;
+        }
+        panic!("the log stays verbose");
+    });
+}

@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use proxyvpn_dbus::names::{BUS, MANAGER, MANAGER_PATH};
-use proxyvpnd::config::store::ProfileStore;
+use proxyvpnd::config::store::{Importer, ProfileStore};
 use proxyvpnd::log::Log;
 use proxyvpnd::machine::{Command, Handle, View};
 use proxyvpnd::service::Service;
@@ -112,7 +112,7 @@ impl World {
         std::fs::create_dir_all(&dir).unwrap();
         let store = Arc::new(ProfileStore::open("/nonexistent", dir));
         for name in ["work", "forbidden"] {
-            store.import(name, PROFILE, false).unwrap();
+            store.import(name, PROFILE, false, Importer::User).unwrap();
         }
         let (sender, commands) = mpsc::channel(32);
         let (view, receiver) = watch::channel(View::default());
