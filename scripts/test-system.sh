@@ -93,9 +93,10 @@ check "systemctl enable --now" root systemctl enable --now proxyvpnd.service
 profiles() {
   root sh -c "umask 077; printf '%s' '$LAB_PROXY_PASSWORD' >/etc/proxyvpn/password; chown root:proxyvpn /etc/proxyvpn/password; chmod 640 /etc/proxyvpn/password
     umask 022; printf 'backend = \"proxy\"\n[upstream]\nurl = \"http://$LAB_PROXY_USER@proxy.lab.test:3128\"\npassword-file = \"/etc/proxyvpn/password\"\n' >/etc/proxyvpn/profiles.d/lab.toml"
-  box as "$BOX" alice proxyctl profile list </dev/null | grep -w lab
+  listed() { box as "$BOX" alice proxyctl profile list </dev/null | grep -w lab; }
+  wait_for 5 listed
 }
-check "a profile that the administrator wrote is listed" profiles
+check "a profile that the administrator writes is listed" profiles
 check "polkit refuses a user without a rule (exit code 4)" status_of 4 box as "$BOX" alice proxyctl connect lab
 group_rule() {
   root sh -c 'install -D -m 644 /usr/share/doc/proxyvpn/examples/proxyvpn-group.rules /etc/polkit-1/rules.d/50-proxyvpn-group.rules; chmod 755 /etc/polkit-1/rules.d
