@@ -4,21 +4,23 @@ use proxyvpn_dbus::Error;
 use proxyvpn_dbus::types::{HealthItem, Reason, State};
 
 use super::connecting::Connecting;
-use super::context::{Context, Order, accept, refuse};
+use super::context::{Context, Order, Reply, accept, refuse};
 use super::world::{Inspector, World};
-use super::{Failure, Stage};
+use super::{Failure, Request, Stage};
 
 pub(super) struct Disconnected {
     /// Why the last connection ended or was not made.
     pub(super) reason: Reason,
     /// What could not be undone.
     pub(super) leftovers: Vec<String>,
+    /// Who has waited for this to connect.
+    pub(super) next: Option<(Box<Request>, Reply)>,
 }
 
 impl Disconnected {
     /// After an attempt that changed nothing.
     pub(super) fn after(failure: &Failure) -> Self {
-        Self { reason: failure.reason(), leftovers: Vec::new() }
+        Self { reason: failure.reason(), leftovers: Vec::new(), next: None }
     }
 
     pub(super) async fn next<W: World, I: Inspector>(self, context: &mut Context<W, I>) -> Option<Stage> {
@@ -42,8 +44,14 @@ impl Disconnected {
         if context.orders.stopping {
             return None;
         }
+        // Who gave up waiting does not want it any more.
+        let mut first = self.next.filter(|(_, reply)| !reply.is_closed());
         loop {
-            match context.orders.next().await {
+            let order = match first.take() {
+                Some((request, reply)) => Order::Connect(request, reply),
+                None => context.orders.next().await,
+            };
+            match order {
                 Order::Connect(request, reply) => {
                     if let Err(error) = context.intent.write(&request.profile) {
                         refuse(reply, Error::Internal(format!("cannot record what is wanted: {error}")));

@@ -5,10 +5,10 @@ use std::pin::pin;
 use proxyvpn_dbus::ReasonCode;
 use proxyvpn_dbus::types::{Reason, State};
 
-use super::Stage;
-use super::context::{Context, Order, accept, busy};
+use super::context::{Context, Order, Reply, accept, busy};
 use super::disconnected::Disconnected;
 use super::world::{Inspector, World};
+use super::{Request, Stage};
 
 pub(super) struct Disconnecting {
     pub(super) reason: Reason,
@@ -36,14 +36,22 @@ impl Disconnecting {
         context.progress("restore-network", 0, "Giving the network back");
         let Context { world, orders, .. } = context;
         let mut work = pin!(world.tear_down());
+        // The first who wants to connect again gets it when this is done: a call that starts the daemon comes this early.
+        let mut next: Option<(Box<Request>, Reply)> = None;
         let leftovers = loop {
             tokio::select! {
                 biased;
                 leftovers = &mut work => break leftovers,
                 order = orders.next() => match order {
-                    Order::Connect(_, reply) => busy(reply, "the last connection is being taken down; try again"),
+                    Order::Connect(request, reply) if next.is_none() => next = Some((request, reply)),
+                    Order::Connect(_, reply) => busy(reply, "another connection is about to be made"),
                     Order::Reconnect(reply) => busy(reply, "the connection is being taken down"),
-                    Order::Disconnect(reply) => accept(reply),
+                    Order::Disconnect(reply) => {
+                        accept(reply);
+                        if let Some((_, reply)) = next.take() {
+                            busy(reply, "somebody disconnected meanwhile");
+                        }
+                    }
                     Order::Shutdown => {}
                 },
             }
@@ -51,6 +59,6 @@ impl Disconnecting {
         for leftover in &leftovers {
             tracing::error!("not undone: {leftover}");
         }
-        Stage::Disconnected(Disconnected { reason: self.reason, leftovers })
+        Stage::Disconnected(Disconnected { reason: self.reason, leftovers, next })
     }
 }

@@ -480,3 +480,31 @@ fn a_reconnect_during_a_probe_is_not_forgotten() {
         tokio::time::timeout(Duration::from_secs(60), connected).await.unwrap();
     });
 }
+
+#[test]
+fn a_connect_during_the_clean_up_waits_for_its_end() {
+    run(async {
+        // The first thing that a daemon does when it starts is to clean up, and a call may have started it.
+        let mut rig = Rig::start(Script::default(), None, None);
+        rig.handle.view.wait_for(|view| view.state == State::Disconnecting).await.unwrap();
+        let (first, second) = tokio::join!(rig.connect(), rig.connect());
+        first.unwrap();
+        assert!(matches!(second, Err(Error::Busy(_))));
+        rig.until(State::Connected).await;
+        assert_eq!(rig.script.calls(), format!("tear-down {ALL_PHASES}"));
+    });
+}
+
+#[test]
+fn who_gave_up_waiting_is_not_connected() {
+    run(async {
+        let mut rig = Rig::start(Script::default(), None, None);
+        rig.handle.view.wait_for(|view| view.state == State::Disconnecting).await.unwrap();
+        let (reply, answer) = oneshot::channel();
+        drop(answer);
+        rig.handle.commands.send(Command::Connect(Box::new(request()), reply)).await.unwrap();
+        rig.until(State::Disconnected).await;
+        tokio::time::sleep(Duration::from_secs(60)).await;
+        assert_eq!(rig.handle.view.borrow().state, State::Disconnected);
+    });
+}
