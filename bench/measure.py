@@ -70,7 +70,12 @@ class Run:
         if self.rare:
             steps += [self.correct, self.interactive, self.many_idle]
         for step in steps:
-            step()
+            try:
+                step()
+            except Broken as error:
+                if not self.tool.peer:
+                    raise
+                self.bench.skipped[f"{self.tool.title}, {step.__name__.replace('_', ' ')}"] = str(error)
             for pid in self.pids:
                 if not alive(pid):
                     raise Broken(f"{self.tool.title} ended during {step.__name__}")

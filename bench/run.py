@@ -33,6 +33,7 @@ class Bench:
     def __init__(self, options):
         self.bin = options.bin
         self.peers = dict(peer.split("=", 1) for peer in options.peer)
+        self.skipped = dict(skip.split("=", 1) for skip in options.skip)  # what is missing in the tables: why
         self.lab = Lab(LAB, options.stage)
 
     def up(self):
@@ -120,10 +121,10 @@ def one(bench, tool, plan, rare):
 
 
 def measure(bench, tools, plan):
-    runs, skipped = {tool.name: [] for tool in tools}, {}
+    runs = {tool.name: [] for tool in tools}
     for repetition in range(plan.repetitions):
         for tool in tools:
-            if tool.name in skipped:
+            if tool.name in bench.skipped:
                 continue
             print(f"bench: {repetition + 1} of {plan.repetitions}: {tool.title} (load {os.getloadavg()[0]:.1f})", file=sys.stderr, flush=True)
             try:
@@ -132,9 +133,9 @@ def measure(bench, tools, plan):
                 if not tool.peer:
                     raise
                 tool.stop()
-                skipped[tool.name] = f"failed: {error}"
+                bench.skipped[tool.name] = f"failed: {' '.join(str(error).split())}"
                 print(f"bench: {tool.title} failed: {error}", file=sys.stderr)
-    return runs, skipped
+    return runs
 
 
 def crowd(bench, tool, plan):
@@ -158,34 +159,32 @@ def bench_all(options):
     busy = busy_share()
     if busy > 0.15:
         print(f"bench: something else uses {busy:.0%} of this machine's CPU time: trust the ratios, not the figures", file=sys.stderr)
-    skipped = dict(skip.split("=", 1) for skip in options.skip)
     bench = Bench(options)
     tools = [tool(bench) for tool in TOOLS if (tool.name in bench.peers or not tool.peer) and (not options.only or tool.name in options.only.split(","))]
     begin = time.monotonic()
     try:
         bench.up()
-        runs, failures = measure(bench, tools, plan)
+        runs = measure(bench, tools, plan)
         vpn = next((tool for tool in tools if tool.name == "proxyvpn"), None)
         if plan.crowd and vpn:
             if plan.crowd + 1000 > DESCRIPTORS:
-                skipped[f"{plan.crowd} idle connections"] = f"this machine allows a process {DESCRIPTORS} descriptors"
+                bench.skipped[f"{plan.crowd} idle connections"] = f"this machine allows a process {DESCRIPTORS} descriptors"
             else:
                 runs["proxyvpn"][0].update(crowd(bench, vpn, plan))
     finally:
         bench.lab.down()
-    skipped.update(failures)
     summaries = {name: report.summary(figures) for name, figures in runs.items()}
     judged = [goal.judge(runs) for goal in report.goals(plan.crowd)]
     date = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")
     print(f"\n{date}, {machine()}; {plan.repetitions} repetitions, {time.monotonic() - begin:.0f} s; median [min..max]; other load before: {busy:.0%}")
     print("The upstream proxy is bench/relay.c (splice): a real proxy's own cost would hide the differences.\n")
     print(report.table([tool.title for tool in tools], [summaries[tool.name] for tool in tools]))
-    for name, reason in skipped.items():
+    for name, reason in bench.skipped.items():
         print(f"skipped: {name}: {reason}")
     print(f"\n{report.goal_table(judged)}")
     if options.json:
         content = {
-            "date": date, "machine": machine(), "quick": options.quick, "other_load": busy, "goals": judged, "skipped": skipped,
+            "date": date, "machine": machine(), "quick": options.quick, "other_load": busy, "goals": judged, "skipped": bench.skipped,
             "summary": summaries, "runs": runs,
         }
         Path(options.json).write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

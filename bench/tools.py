@@ -107,6 +107,7 @@ class Program(Tool):
 
     child = None
     device = None
+    routed = False
 
     def command(self):
         raise NotImplementedError
@@ -130,6 +131,7 @@ class Program(Tool):
             os.close(fd)
         until(10, lambda: self.child.poll() is not None or (self.there() if self.device else self.listens()), f"{self.title} did not start")
         self.expect_alive()
+        self.routed = True
         self.route()
 
     def inherited(self):
@@ -163,7 +165,9 @@ class Program(Tool):
                 time.sleep(0.05)
         expect(self.child.poll() is not None, f"{self.title} cannot be ended")
         self.child = None
-        self.unroute()
+        if self.routed:
+            self.routed = False
+            self.unroute()
 
 
 class TunPair(Program):
@@ -240,13 +244,13 @@ class Redsocks(Program):
 
     def route(self):
         rules = (
-            "table ip bench { chain output { type nat hook output priority -100; "
-            f"ip daddr {SERVERS} meta l4proto tcp redirect to :12345; }} }}"
+            "table ip bench {\nchain output {\ntype nat hook output priority -100;\n"
+            f"ip daddr {SERVERS} meta l4proto tcp redirect to :12345;\n}}\n}}\n"
         )
         self.lab.app("nft", "-f", "-", data=rules)
 
     def unroute(self):
-        self.lab.app("nft", "delete", "table", "ip", "bench")
+        self.lab.app("nft", "delete", "table", "ip", "bench", check=False)  # it may not have come to be
 
 
 class Tun2proxy(Program):
