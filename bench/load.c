@@ -103,14 +103,14 @@ static void move_bytes(struct client *c)
     }
 }
 
-/* Half-closes and compares what the server counted; true when all of it arrived as it was sent. */
-static int upload_arrived(struct client *c)
+/* Half-closes, and compares what the server then says that it counted. */
+static enum { ARRIVED, WRONG, UNANSWERED } finish_upload(struct client *c)
 {
     char text[64];
     size_t got = 0;
     struct pollfd readable = { .fd = c->fd, .events = POLLIN };
     shutdown(c->fd, SHUT_WR);
-    while (got < sizeof text - 1 && poll(&readable, 1, 20000) == 1) {
+    while (got < sizeof text - 1 && poll(&readable, 1, 5000) == 1) {
         ssize_t n = recv(c->fd, text + got, sizeof text - 1 - got, 0);
         if (n <= 0) break;
         got += (size_t)n;
@@ -118,14 +118,15 @@ static int upload_arrived(struct client *c)
     text[got] = 0;
     unsigned long long bytes = 0;
     int wrong = 1;
-    return sscanf(text, "%llu %d", &bytes, &wrong) == 2 && !wrong && bytes == c->offset;
+    if (sscanf(text, "%llu %d", &bytes, &wrong) != 2) return UNANSWERED;
+    return !wrong && bytes == c->offset ? ARRIVED : WRONG;
 }
 
 static void bulk(void)
 {
     struct client *all = make_clients();
     char mode = options.mode == 'U' && options.verify ? 'V' : options.mode;
-    int wrong = 0;
+    int ends[3] = { 0 };
     for (int i = 0; i < options.count; i++)
         if (client_start(&all[i], &options.to)) die("connect");
     double begin = now(), from = 0, time;
@@ -153,11 +154,12 @@ static void bulk(void)
             fprintf(stderr, "a flow moved nothing\n");
             done(1);
         }
-        if (mode == 'V') wrong += !upload_arrived(&all[i]);
+        if (mode == 'V') ends[finish_upload(&all[i])]++;
     }
-    if (wrong) fprintf(stderr, "%d of %d uploads did not arrive as they were sent\n", wrong, options.count);
+    if (ends[WRONG]) fprintf(stderr, "%d of %d uploads arrived with wrong bytes, or not whole\n", ends[WRONG], options.count);
+    if (ends[UNANSWERED]) fprintf(stderr, "%d of %d half-closed uploads got no answer\n", ends[UNANSWERED], options.count);
     printf("{\"bytes\": %llu, \"gbps\": %.4f}\n", (unsigned long long)moved, (double)bytes * 8 / seconds / 1e9);
-    done(wrong ? 3 : 0);
+    done(ends[WRONG] ? 3 : ends[UNANSWERED] ? 1 : 0);
 }
 
 /* ---- short connections ---- */

@@ -68,7 +68,9 @@ class Run:
         steps = [self.rest] if self.rare else []
         steps += [self.bulk, self.short_connections]
         if self.rare:
-            steps += [self.correct, self.interactive, self.many_idle]
+            steps += [self.closed_port, self.correct, self.interactive]
+            if self.tool.name != "direct":
+                steps.append(self.many_idle)
         for step in steps:
             try:
                 step()
@@ -125,6 +127,9 @@ class Run:
         for mode in "DU":
             compared += self.load("bulk", "-v", "-m", mode, "-n", "8", "-d", "0.7")["bytes"]
         self.out["compared"] = compared / 1e6
+
+    def closed_port(self):
+        """A client that knows a proxy is told by that; the others must be refused by connect(2)."""
         if not self.tool.client:
             self.out["closed_port"] = self.bench.load("open", port=9)["result"]
 

@@ -49,10 +49,10 @@ class Bench:
             until(5, lambda port=port: f":{port} " in lab.net("ss", "-Htln").stdout, f"{name} does not listen")
 
     def start_load(self, what, *args, stdin=subprocess.DEVNULL, port=PORT):
-        return self.lab.popen(
-            "app", None, f"{self.bin}/load", what, "-t", f"{SERVER}:{port}", *args,
-            stdin=stdin, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        )
+        command = [f"{self.bin}/load", what, "-t", f"{SERVER}:{port}", *args]
+        child = self.lab.popen("app", None, *command, stdin=stdin, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        child.what = " ".join(command[1:])
+        return child
 
     def finish_load(self, child, seconds):
         try:
@@ -60,10 +60,10 @@ class Bench:
         except subprocess.TimeoutExpired:
             child.kill()
             child.communicate()
-            raise Broken(f"{' '.join(child.args[-12:])}: not done after {seconds} s") from None
+            raise Broken(f"load {child.what}: not done after {seconds} s") from None
         if child.returncode:
-            what = "wrong bytes" if child.returncode == 3 else "failed"
-            raise Broken(f"{' '.join(child.args[-12:])}: {what}: {error.strip() or out.strip()}")
+            what = "wrong bytes" if child.returncode == 3 else "a connection failed"
+            raise Broken(f"load {child.what}: {what}: {error.strip() or out.strip()}")
         return json.loads(out)
 
     def load(self, what, *args, port=PORT):
