@@ -212,7 +212,7 @@ class ProxyVpn(Tool):
 
     def stop(self):
         if self.lab.daemon_pid():
-            self.lab.alice("proxyctl", "disconnect", check=False)
+            self.lab.alice("proxyctl", "disconnect")
             self.lab.daemon_stop()
 
 
