@@ -96,7 +96,7 @@ do_install() {
     reload
     if systemd_runs && systemctl is-active --quiet proxyvpnd.service; then
       if "$prefix/bin/proxyctl" status --check >/dev/null 2>&1; then
-        info "A connection is up: the old daemon goes on. 'systemctl restart proxyvpnd' starts the new one and ends the connection."
+        info "A connection is up: the old daemon goes on. 'systemctl restart proxyvpnd' starts the new one, which connects again behind the block."
       else systemctl restart proxyvpnd.service; fi
     fi
     info "Installed. Profiles go to /etc/proxyvpn/profiles.d ($doc_dir/examples shows one); connect with: proxyctl connect NAME"

@@ -121,6 +121,9 @@ lab_up() {
   nsenter -t "$(lab_pid net)" -n ip link add wan0 type veth peer name eth0 netns "$(lab_pid app)" || die "no veth pair"
   : >"$LAB/wired"
   await_ready net; await_ready app
+  # made when the wire has carrier; it must not come between two state texts
+  link_local() { [ -n "$(nsenter -t "$(lab_pid app)" -n ip -6 addr show dev eth0 scope link)" ]; }
+  wait_for 5 link_local || die "eth0 has no link-local address"
 }
 lab_folder() {
   [ ! -e "$LAB/net.outer" ] || lab_down

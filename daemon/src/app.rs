@@ -27,6 +27,7 @@ use crate::machine::intent::IntentFile;
 use crate::machine::{Machine, Request};
 use crate::net::Network;
 use crate::service::Service;
+use crate::systemd;
 
 /// Log records that are kept for `GetLog`.
 const LOG_CAPACITY: usize = 1000;
@@ -56,9 +57,12 @@ pub struct Args {
     /// Undo every change that a daemon made to the network, without any state, and exit
     #[arg(long)]
     cleanup: bool,
-    /// With --cleanup, for ExecStopPost=: only after a deliberate stop, and without forgetting what is wanted
+    /// With --cleanup, for ExecStopPost=: only if the service was stopped for good, and without forgetting what is wanted
     #[arg(long, requires = "cleanup")]
     stop_post: bool,
+    /// When told to end, leave the network blocked for what comes after: a restart, or --cleanup --stop-post
+    #[arg(long, conflicts_with = "cleanup")]
+    keep_block: bool,
 }
 
 /// Why the daemon cannot run: the message is complete.
@@ -95,8 +99,8 @@ pub fn main(args: &Args) -> ExitCode {
 
 /// `--cleanup`.
 async fn clean_up(args: &Args) -> Result<(), Fatal> {
-    if args.stop_post && !stopped_deliberately() {
-        println!("the service failed and will be started again: the network stays as it is");
+    if args.stop_post && !systemd::stopped_for_good().await {
+        println!("the service will be started again: the network stays as it is");
         return Ok(());
     }
     if PidFile::running(&args.runtime_dir) {
@@ -126,12 +130,6 @@ async fn clean_up(args: &Args) -> Result<(), Fatal> {
     }
 }
 
-/// How systemd says that the service ended (`SERVICE_RESULT`, systemd.exec(5)). A start has no time limit, so `timeout` can
-/// only be that of a stop. After a failure the block must stay in force until the restart.
-fn stopped_deliberately() -> bool {
-    matches!(std::env::var("SERVICE_RESULT").as_deref(), Ok("success" | "timeout"))
-}
-
 async fn serve(args: &Args) -> Result<(), Fatal> {
     let settings = daemon::load(&args.config).map_err(|error| Fatal::new("cannot read the settings", &error))?;
     let log = start_log(args, &settings);
@@ -146,12 +144,16 @@ async fn serve(args: &Args) -> Result<(), Fatal> {
     let world = Proxy::new(args.state_dir.clone(), limits, service.connection().clone());
 
     let (stop, shutdown) = watch::channel(false);
+    let mut left = shutdown.clone();
     tokio::spawn(stop_on_signal(stop));
-    notify(&[NotifyState::Ready]);
-    tokio::spawn(watchdog());
+    systemd::notify(&[NotifyState::Ready]);
+    tokio::spawn(systemd::watchdog());
     tracing::info!(version = env!("CARGO_PKG_VERSION"), "ready");
     let intent = IntentFile::new(&args.runtime_dir);
     tokio::select! {
+        biased;
+        // Before the machine, which would give the network back.
+        _ = left.wait_for(|stop| *stop), if args.keep_block => {}
         () = machine.run(world, intent, autoconnect(&store), shutdown) => {}
         () = follow_files(args, &service) => {}
         // Nothing is taken down: what is in force blocks until the next daemon goes on.
@@ -159,7 +161,7 @@ async fn serve(args: &Args) -> Result<(), Fatal> {
             return Err(Fatal("the system bus is gone; the network stays as it is until the daemon starts again".to_owned()));
         }
     }
-    notify(&[NotifyState::Stopping]);
+    systemd::notify(&[NotifyState::Stopping]);
     service.stop().await;
     Ok(())
 }
@@ -221,22 +223,6 @@ async fn stop_on_signal(stop: watch::Sender<bool>) {
     tracing::info!("told to end");
     let _ = stop.send(true);
     stop.closed().await;
-}
-
-/// Tells systemd that the event loop turns, twice in each watchdog period (sd_watchdog_enabled(3)).
-async fn watchdog() {
-    let Some(period) = sd_notify::watchdog_enabled() else { return };
-    let mut timer = tokio::time::interval(period / 2);
-    loop {
-        timer.tick().await;
-        notify(&[NotifyState::Watchdog]);
-    }
-}
-
-fn notify(state: &[NotifyState]) {
-    if let Err(error) = sd_notify::notify(state) {
-        tracing::warn!("systemd cannot be told: {error}");
-    }
 }
 
 /// The pid file; its lock says that the daemon runs, whatever its text says.

@@ -10,6 +10,7 @@
 //! - [`net`]: mechanism: desired network state, plan, apply, undo; knows no profiles
 //! - [`machine`]: policy: the states of the connection
 //! - [`service`]: the objects on the bus
+//! - `systemd`: what systemd is told, and asked
 
 pub mod app;
 pub mod authority;
@@ -21,5 +22,6 @@ pub mod machine;
 pub mod net;
 pub mod resolvers;
 pub mod service;
+mod systemd;
 #[cfg(test)]
 mod test_dir;

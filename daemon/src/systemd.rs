@@ -1,0 +1,68 @@
+//! What systemd is told, and asked.
+
+use std::time::Duration;
+
+use sd_notify::NotifyState;
+use zbus::{Connection, OwnedObjectPath, OwnedVariant};
+
+const SYSTEMD: &str = "org.freedesktop.systemd1";
+/// PID 1 answers at once, or is in trouble.
+const TIMEOUT: Duration = Duration::from_secs(3);
+
+/// Tells systemd that the event loop turns, twice in each watchdog period (sd_watchdog_enabled(3)).
+pub(crate) async fn watchdog() {
+    let Some(period) = sd_notify::watchdog_enabled() else { return };
+    let mut timer = tokio::time::interval(period / 2);
+    loop {
+        timer.tick().await;
+        notify(&[NotifyState::Watchdog]);
+    }
+}
+
+/// sd_notify(3); without systemd, nothing.
+pub(crate) fn notify(state: &[NotifyState]) {
+    if let Err(error) = sd_notify::notify(state) {
+        tracing::warn!("systemd cannot be told: {error}");
+    }
+}
+
+/// For ExecStopPost=: whether the service stays down. After a failure systemd starts it again; after `systemctl restart`, and
+/// so after an upgrade, too. What cannot be found out counts as a stop: nobody would open the network later.
+pub(crate) async fn stopped_for_good() -> bool {
+    // systemd.exec(5). A start has no time limit in our unit, so `timeout` can only be that of a stop.
+    let deliberate = matches!(std::env::var("SERVICE_RESULT").as_deref(), Ok("success" | "timeout"));
+    deliberate && !restarts().await
+}
+
+async fn restarts() -> bool {
+    match tokio::time::timeout(TIMEOUT, job_type()).await {
+        Ok(Ok(kind)) => kind == "restart",
+        Ok(Err(error)) => {
+            eprintln!("proxyvpnd: systemd does not say whether this is a restart: {error}");
+            false
+        }
+        Err(_) => false,
+    }
+}
+
+/// Type of the job that systemd does with our unit, or empty (org.freedesktop.systemd1(5)).
+async fn job_type() -> zbus::Result<String> {
+    let bus = Connection::system().await?;
+    let manager = "/org/freedesktop/systemd1";
+    let caller = 0u32;
+    let reply =
+        bus.call_method(Some(SYSTEMD), manager, Some("org.freedesktop.systemd1.Manager"), "GetUnitByPID", &caller);
+    let unit: OwnedObjectPath = reply.await?.body().deserialize()?;
+    let (number, job): (u32, OwnedObjectPath) =
+        property(&bus, &unit, "org.freedesktop.systemd1.Unit", "Job").await?.try_into()?;
+    if number == 0 {
+        return Ok(String::new());
+    }
+    property(&bus, &job, "org.freedesktop.systemd1.Job", "JobType").await?.try_into()
+}
+
+async fn property(bus: &Connection, path: &OwnedObjectPath, interface: &str, name: &str) -> zbus::Result<OwnedVariant> {
+    let properties = Some("org.freedesktop.DBus.Properties");
+    let reply = bus.call_method(Some(SYSTEMD), path, properties, "Get", &(interface, name)).await?;
+    reply.body().deserialize()
+}
