@@ -105,7 +105,10 @@ check "polkit refuses a user without a rule (exit code 4)" status_of 4 box as "$
 group_rule() {
   root sh -c 'install -D -m 644 /usr/share/doc/proxyvpn/examples/proxyvpn-group.rules /etc/polkit-1/rules.d/50-proxyvpn-group.rules; chmod 755 /etc/polkit-1/rules.d
     group=$(sed -n "s/.*isInGroup(\"\([^\"]*\)\").*/\1/p" /etc/polkit-1/rules.d/50-proxyvpn-group.rules); getent group "$group" >/dev/null || groupadd "$group"
-    usermod -aG "$group" alice; sleep 1'
+    usermod -aG "$group" alice'
+  # systemd-run makes $ of $$
+  allowed() { box as "$BOX" alice sh -c 'pkcheck --action-id org.proxyvpn1.connect --process $$$$' </dev/null; }
+  wait_for 20 allowed
 }
 check "the sample rule for a group" group_rule
 check "a member of the group connects" box as "$BOX" alice proxyctl connect lab
