@@ -23,7 +23,12 @@ pub(crate) enum Event {
         reason: Reason,
     },
     /// `Progress` changed.
-    Progress(Progress),
+    Progress {
+        /// The phase that it belongs to, if that changed too.
+        phase: Option<String>,
+        /// How far it is.
+        progress: Progress,
+    },
     /// Another property changed.
     Other,
     /// The daemon left the bus, or the bus left us.
@@ -53,10 +58,12 @@ impl Events {
             .map_err(fail)?;
         let changes = properties.receive_properties_changed().await.map_err(fail)?.map(|signal| {
             let progress = signal.args().ok().and_then(|args| {
-                let value = args.changed_properties.get("Progress")?.try_to_owned().ok()?;
-                Progress::try_from(value).ok()
+                let value = |name| args.changed_properties.get(name)?.try_to_owned().ok();
+                let progress = Progress::try_from(value("Progress")?).ok()?;
+                let phase = value("Phase").and_then(|phase| String::try_from(phase).ok());
+                Some(Event::Progress { phase, progress })
             });
-            progress.map_or(Event::Other, Event::Progress)
+            progress.unwrap_or(Event::Other)
         });
         let owners = bus.manager.inner().receive_owner_changed().await.map_err(fail)?;
         let owners = owners.map(|owner| if owner.is_none() { Event::Vanished } else { Event::Other });

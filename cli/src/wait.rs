@@ -101,7 +101,13 @@ pub(crate) async fn drive(
             event = events.next() => {
                 match &event {
                     Event::State { state, phase, .. } => shown = (state.clone(), phase.clone()),
-                    Event::Progress(new) => progress = new.clone(),
+                    Event::Progress { phase, progress: new } => {
+                        progress = new.clone();
+                        // Comes before the `StateChanged` of the same step.
+                        if let Some(phase) = phase {
+                            shown.1.clone_from(phase);
+                        }
+                    }
                     Event::Other | Event::Vanished => {}
                 }
                 if matches!(shown.0.as_str(), "connecting" | "disconnecting") {
@@ -143,7 +149,7 @@ impl Tracker {
                 self.judge(state, reason, told && state == State::Disconnected)
             }
             Event::Vanished => Some(Err(vanished())),
-            Event::Progress(_) | Event::Other => None,
+            Event::Progress { .. } | Event::Other => None,
         }
     }
 
@@ -253,7 +259,7 @@ mod tests {
             (vec![state(Disconnected, "requested")], None),
             (vec![state(Blocked, "device-lost")], None),
             (vec![state(Connected, "")], None),
-            (vec![Event::Progress(Progress::default()), Event::Other], None),
+            (vec![Event::Progress { phase: None, progress: Progress::default() }, Event::Other], None),
             (vec![state(Connecting, ""), Event::Vanished], Some(Exit::Unreachable)),
         ] {
             assert_eq!(run(Goal::Connect, &events), end, "{events:?}");

@@ -25,7 +25,7 @@ use crate::log::Log;
 use crate::machine::failure::chain;
 use crate::machine::intent::IntentFile;
 use crate::machine::{Machine, Request};
-use crate::net::Network;
+use crate::net::{self, Network};
 use crate::service::Service;
 use crate::systemd;
 
@@ -110,6 +110,7 @@ async fn clean_up(args: &Args) -> Result<(), Fatal> {
                 .to_owned(),
         ));
     }
+    net::privilege().map_err(|error| Fatal(chain(&error)))?;
     // After a stop systemd removes the record with the runtime directory; for a restart it keeps both.
     if !args.stop_post {
         IntentFile::new(&args.runtime_dir)

@@ -32,4 +32,5 @@ mod tun;
 pub use error::Error;
 pub use health::{Finding, Severity};
 pub use network::{CleanUp, Network};
+pub use preflight::privilege;
 pub use step::{Action, Layer, Stage, Step};

@@ -7,7 +7,10 @@ use super::observed::Observed;
 use super::{Error, tun};
 
 /// `CAP_NET_ADMIN` is effective (capabilities(7)).
-pub(super) fn privilege() -> Result<(), Error> {
+///
+/// # Errors
+/// [`Error::Privilege`], or [`Error::Read`] when the kernel does not tell.
+pub fn privilege() -> Result<(), Error> {
     let held = capabilities(None).map_err(|e| Error::Read { what: "the daemon's capabilities", source: e.into() })?;
     if held.effective.contains(CapabilitySet::NET_ADMIN) { Ok(()) } else { Err(Error::Privilege) }
 }
