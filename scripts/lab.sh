@@ -175,7 +175,8 @@ inside_net() {
   local address
   for address in "$LAB_PROXY" "$LAB_DNS" "$LAB_WEB" "$LAB_SSH"; do ip addr add "$address/32" dev lo; done
   for address in "$LAB_PROXY6" "$LAB_WEB6"; do ip -6 addr add "$address/128" dev lo nodad; done
-  printf '%s web.lab.test\n%s web6.lab.test\n%s ssh.lab.test\n%s proxy.lab.test\n' "$LAB_WEB" "$LAB_WEB6" "$LAB_SSH" "$LAB_PROXY" >"$LAB/hosts"
+  # example.com: what 'proxyctl doctor' looks up
+  printf '%s web.lab.test example.com\n%s web6.lab.test\n%s ssh.lab.test\n%s proxy.lab.test\n' "$LAB_WEB" "$LAB_WEB6" "$LAB_SSH" "$LAB_PROXY" >"$LAB/hosts"
   sysctl -qw net.ipv4.ip_forward=0
   wired() { [ -e "$LAB/wired" ]; }
   wait_for 20 wired || exit 1

@@ -178,7 +178,7 @@ fn describe(checks: &[Check]) -> String {
     }
     let count = |outcome: &str| checks.iter().filter(|check| check.outcome == outcome).count();
     lines.push_str(&format!(
-        "{} ok, {} warnings, {} failed, {} skipped\n",
+        "{} ok, {} warning, {} failed, {} skipped\n",
         count("ok"),
         count("warning"),
         count("failed"),
@@ -201,7 +201,7 @@ mod tests {
         assert_eq!(
             text,
             "  1. ok      fine\n  2. failed  bad\\x1b\n             remedy: do this\n  3. skipped not tried\n\
-             1 ok, 0 warnings, 1 failed, 1 skipped\n"
+             1 ok, 0 warning, 1 failed, 1 skipped\n"
         );
     }
 

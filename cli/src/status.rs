@@ -110,7 +110,7 @@ impl Snapshot {
         for item in &self.health {
             field("Health", &format!("{}: {} ({})", item.severity, item.text, item.code));
         }
-        for (name, value) in &self.statistics {
+        for (name, value) in self.statistics.iter().filter(|(_, value)| **value > 0) {
             let amount = if name.contains("bytes") { text::bytes(*value) } else { value.to_string() };
             field("Counter", &format!("{name} {amount}"));
         }

@@ -3,11 +3,13 @@
 tunnel   a CONNECT proxy that passes half-closes on (squid and tinyproxy close both ways)
 silent   takes connections and answers nothing
 refuse   403 to every CONNECT
+names    a CONNECT proxy that refuses addresses; every name is the web server
 sleepy   answers the first CONNECT (the probe), later ones never
 garbage  answers with something that is not HTTP
 huge     a response header without an end
 """
 
+import ipaddress
 import socket
 import sys
 import threading
@@ -15,6 +17,7 @@ import time
 
 address, port, mode = sys.argv[1], int(sys.argv[2]), sys.argv[3]
 seen = [0]
+WEB = "203.0.113.80"
 
 
 def read_header(client):
@@ -27,6 +30,14 @@ def read_header(client):
         if len(data) > 65536:
             return None
     return data
+
+
+def is_address(host):
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return True
 
 
 def pump(source, sink):
@@ -64,6 +75,11 @@ def serve(client):
             client.sendall(b"HTTP/1.1 403 Forbidden\r\nContent-Length: 0\r\n\r\n")
         else:
             host, _, target = header.split(b" ")[1].decode().rpartition(":")
+            if mode == "names":
+                if is_address(host.strip("[]")):
+                    client.sendall(b"HTTP/1.1 403 Forbidden\r\nContent-Length: 0\r\n\r\n")
+                    return
+                host = WEB
             try:
                 upstream = socket.create_connection((host.strip("[]"), int(target)), 10)
             except OSError:

@@ -133,7 +133,11 @@ async fn resolver(report: &mut Report, resolvers: &Resolvers) -> Option<IpAddr> 
             addresses.into_iter().find(IpAddr::is_ipv4)
         }
         Err(error) => {
-            report.failed("dns-udp", chain(&error), "name a resolver that is reachable: [dns] servers, or --dns");
+            report.failed(
+                "dns-udp",
+                chain(&error),
+                "check the resolver, or name another: [dns] servers in the profile, or --dns",
+            );
             None
         }
     }

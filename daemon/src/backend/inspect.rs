@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use proxyvpn_dbus::types::{Check, Flow, PlanStep};
 
-use super::proxy::EngineSlot;
+use super::engine::EngineSlot;
 use super::{checks, network};
 use crate::machine::world::Inspector;
 use crate::machine::{Failure, Request};

@@ -2,6 +2,7 @@
 //!
 //! - [`proxy`]: TUN device and packet engine
 //! - [`inspect`]: plan, diagnosis, flows and counters, beside the states
+//! - `engine`: the engine while it runs, shared by the two
 //! - `upstream`: from a profile to a connector: look-up, password, the loop that a local proxy would make
 //! - `network`: from a profile to a desired network
 //! - `caches`: flushing DNS caches
@@ -9,6 +10,7 @@
 
 mod caches;
 mod checks;
+mod engine;
 pub mod inspect;
 mod network;
 pub mod proxy;

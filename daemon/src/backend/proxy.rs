@@ -1,19 +1,19 @@
 //! The proxy backend: TUN device and packet engine.
 
-use std::collections::HashMap;
 use std::net::IpAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
 
 use proxyvpn_dbus::ReasonCode;
-use proxyvpn_dbus::types::{Flow, HealthItem};
+use proxyvpn_dbus::types::HealthItem;
 use proxyvpn_engine::Engine;
 use proxyvpn_engine::config::{Config, Limits};
 use proxyvpn_engine::event::Event;
 use proxyvpn_engine::upstream::Connector;
-use tokio::sync::{RwLock, mpsc};
+use tokio::sync::mpsc;
 use zbus::Connection;
 
+use super::engine::EngineSlot;
 use super::inspect::ProxyInspector;
 use super::network::{self, texts};
 use super::{caches, upstream};
@@ -25,49 +25,6 @@ use crate::resolvers::{self, Origin, Resolvers};
 
 /// Events that may wait; the engine coalesces what does not fit.
 const EVENTS: usize = 16;
-
-/// The engine while it runs, shared with the [`ProxyInspector`].
-#[derive(Debug, Clone, Default)]
-pub struct EngineSlot(Arc<RwLock<Option<Engine>>>);
-
-impl EngineSlot {
-    /// The connections in the tunnel.
-    pub(super) async fn flows(&self) -> Vec<Flow> {
-        let slot = self.0.read().await;
-        let Some(engine) = slot.as_ref() else { return Vec::new() };
-        let flows = engine.flows().await;
-        flows
-            .into_iter()
-            .map(|flow| Flow {
-                id: flow.id,
-                source: flow.source.to_string(),
-                destination: flow.destination.to_string(),
-                state: flow.state.to_owned(),
-                sent: flow.sent,
-                received: flow.received,
-                age: flow.age,
-            })
-            .collect()
-    }
-
-    /// Counters; empty when the engine does not run or is just being stopped.
-    pub(super) fn counters(&self) -> HashMap<String, u64> {
-        let Ok(slot) = self.0.try_read() else { return HashMap::new() };
-        let counters = slot.as_ref().map(Engine::counters).unwrap_or_default();
-        counters.into_iter().map(|(name, value)| (name.to_owned(), value)).collect()
-    }
-
-    async fn put(&self, engine: Engine) {
-        *self.0.write().await = Some(engine);
-    }
-
-    async fn stop(&self) {
-        let engine = self.0.write().await.take();
-        if let Some(engine) = engine {
-            engine.stop().await;
-        }
-    }
-}
 
 /// See the module.
 #[derive(Debug)]
