@@ -110,9 +110,10 @@ async fn every_query_carries_the_mark() {
     let error = ask("typo.test", Some(MARK)).await.unwrap_err();
     assert!(matches!(error, LookupError::NoSuchName { .. }), "{error}");
     assert!(packets("udp-marked") >= 4, "two names, two families");
-    assert_eq!(packets("tcp-marked"), 0);
+    // A busy machine may have asked again over TCP already.
+    let before = packets("tcp-marked");
     assert!(!ask("many.test", Some(MARK)).await.unwrap().is_empty());
-    assert!(packets("tcp-marked") > 0, "the cut answer was fetched over TCP");
+    assert!(packets("tcp-marked") > before, "the cut answer was fetched over TCP");
     assert_eq!(packets("unmarked"), 0);
     // The detector must fire: without a mark the same look-up is seen as unmarked.
     assert_eq!(ask("proxy.test", None).await.unwrap(), want);

@@ -91,7 +91,8 @@ fn a_question_that_nobody_answers_delays_nobody_and_is_taken_back() {
         manager(&alice, "ImportProfile", &import).await.unwrap();
         manager(&carol, "Disconnect", &(Options::new(),)).await.unwrap();
         manager(&carol, "Status", &()).await.unwrap();
-        assert!(start.elapsed() < Duration::from_secs(2), "{:?}", start.elapsed());
+        // Whoever had to wait for the question would wait for its end, which is two minutes away.
+        assert!(start.elapsed() < Duration::from_secs(20), "{:?}", start.elapsed());
         assert_eq!(world.take_notes(), ["disconnect"]);
 
         asking.end();
