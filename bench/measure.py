@@ -25,7 +25,7 @@ class Plan:
 
 
 QUICK = Plan(repetitions=3, bulk=1, warm_up=0.3, short=1, ping=0.5, rest=3, rare=1)
-FULL = Plan(repetitions=5, bulk=3, warm_up=0.7, short=3, ping=1, rest=5, rare=5, crowd=50_000)
+FULL = Plan(repetitions=5, bulk=2, warm_up=0.5, short=2, ping=1, rest=4, rare=5, crowd=50_000)
 
 
 def cpu(pids):

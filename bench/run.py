@@ -199,7 +199,8 @@ def main():
     parser.add_argument("--only", help="names of programs, with commas between them")
     parser.add_argument("--peer", action="append", default=[])
     parser.add_argument("--skip", action="append", default=[])
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the lab goes down
+    for number in signal.SIGINT, signal.SIGTERM:
+        signal.signal(number, lambda number, _: sys.exit(128 + number))  # through the clean-up
     try:
         bench_all(parser.parse_args())
     except Failed as error:

@@ -1,7 +1,7 @@
 #!/bin/bash
 # bench.sh: how fast proxyvpn is, against what is possible on this machine and against others: 'sudo scripts/bench.sh'
 #
-#   --quick        about two minutes instead of half an hour, with less certain figures
+#   --quick        two to three minutes instead of twenty, with less certain figures
 #   --json FILE    write everything that was measured, too
 #   --only A,B     only these of: direct connect tuns proxyvpn redsocks tun2proxy
 #   --with-peers   fetch redsocks (Debian's package, unpacked, not installed) and tun2proxy (cargo install, takes minutes) if they are not
@@ -66,4 +66,10 @@ if ! peer tun2proxy tun2proxy-bin "$kept/tun2proxy/bin/tun2proxy-bin"; then
 fi
 skip hev-socks5-tunnel "neither Debian nor crates.io has it"
 
-python3 "$ROOT/bench/run.py" --bin "$work" --stage "$work/stage" "${quick[@]}" "${only[@]}" ${json:+--json "$json"} "${peers[@]}" 9>&-
+# in the background, so that a signal reaches it at once: it has a lab to take down
+python3 "$ROOT/bench/run.py" --bin "$work" --stage "$work/stage" "${quick[@]}" "${only[@]}" ${json:+--json "$json"} "${peers[@]}" 9>&- &
+run=$! status=0
+trap 'kill -TERM "$run" 2>/dev/null || true' INT TERM
+wait "$run" || status=$?
+while kill -0 "$run" 2>/dev/null; do status=0; wait "$run" || status=$?; done
+exit "$status"
