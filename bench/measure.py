@@ -144,10 +144,13 @@ class Run:
             finally:
                 self.bench.finish_load(bulk, 30)
 
-    def many_idle(self):
-        """Bulk and memory beside many idle connections. The bulk without them is measured anew, next to it."""
+    def both_ways(self, name):
         for mode, direction in ("D", "down"), ("U", "up"):
-            self.one_bulk(mode, 1, f"before_{direction}")
+            self.one_bulk(mode, 1, f"{name}_{direction}")
+
+    def many_idle(self):
+        """Bulk and memory beside many idle connections. The bulk without them is measured just before and just after."""
+        self.both_ways("before")
         rss = memory(self.pids)
         with Idle(self, self.plan.many) as idle:
             if self.pids:
@@ -157,11 +160,12 @@ class Run:
                 before, begin = cpu(self.pids), time.monotonic()
                 time.sleep(1)
                 self.out["idle_cpu"] = (cpu(self.pids) - before) / (time.monotonic() - begin) * 100
-            for mode, direction in ("D", "down"), ("U", "up"):
-                self.one_bulk(mode, 1, f"idle_{direction}")
+            self.both_ways("idle")
         self.out["idle_held"] = idle.held
+        self.both_ways("after")
         for direction in "down", "up":
-            self.out[f"idle_{direction}_ratio"] = self.out[f"idle_{direction}_gbps"] / self.out[f"before_{direction}_gbps"]
+            without = (self.out[f"before_{direction}_gbps"] + self.out[f"after_{direction}_gbps"]) / 2
+            self.out[f"idle_{direction}_ratio"] = self.out[f"idle_{direction}_gbps"] / without
 
 
 class Idle:
