@@ -24,6 +24,12 @@ pub(crate) fn interactive() -> bool {
     stdin().is_terminal() && stderr().is_terminal()
 }
 
+/// Whether this is a login session, where a desktop's agent goes before ours. Outside of one (a container, `su`) polkit
+/// does not look for a fall-back agent at all, so that ours must be a full one.
+fn in_session() -> bool {
+    ["XDG_SESSION_ID", "DISPLAY", "WAYLAND_DISPLAY"].iter().any(|name| std::env::var_os(name).is_some())
+}
+
 impl Agent {
     /// Starts one where it can be of use: on a terminal, not for root. Without pkttyagent things go on without it, and
     /// the daemon's answer says what is not allowed.
@@ -35,8 +41,11 @@ impl Agent {
         // pkttyagent must inherit this end; no other child is started meanwhile.
         fcntl_setfd(&write, FdFlags::empty()).ok()?;
         let mut command = Command::new("pkttyagent");
+        if in_session() {
+            command.arg("--fallback");
+        }
         command
-            .args(["--fallback", "--notify-fd", &write.as_raw_fd().to_string(), "--process"])
+            .args(["--notify-fd", &write.as_raw_fd().to_string(), "--process"])
             // The agent is registered for the process that calls the daemon, which is this one.
             .arg(getpid().as_raw_nonzero().to_string())
             .stdin(Stdio::null())

@@ -1,5 +1,10 @@
 """Two users: polkit lets alice, refuses mallory. (Every method x property x caller is in the Rust tests.)"""
 
+import os
+import pty
+import select
+import time
+
 from lab import NOT_AUTHORISED, NOT_CONNECTED, OK, TINY, UNREACHABLE, equal, expect, test
 
 
@@ -48,3 +53,44 @@ def alice(lab):
 def no_daemon(lab):
     text = lab.proxyctl("status", code=UNREACHABLE)
     expect("proxyvpnd" in text, text)
+
+
+def at_terminal(lab, user, password, *args):
+    """Runs at a terminal of its own and types the password at the prompt; exit code and all that was shown."""
+    pid, terminal = pty.fork()
+    if pid == 0:
+        command = lab.command("app", user, args)
+        os.execvp(command[0], command)
+    shown, typed, end = "", False, time.monotonic() + 30
+    while time.monotonic() < end:
+        if not select.select([terminal], [], [], 0.5)[0]:
+            continue
+        try:
+            piece = os.read(terminal, 4096)
+        except OSError:  # the last process has closed it
+            break
+        if not piece:
+            break
+        shown += piece.decode(errors="replace")
+        if not typed and "Password:" in shown:
+            typed = True
+            time.sleep(1)  # the agent switches the echo off after it has asked, and throws away what was typed before
+            os.write(terminal, password.encode() + b"\n")
+    os.close(terminal)
+    status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    expect(typed, f"nobody was asked for a password: {shown}")
+    expect(password not in shown, "the password is on the screen")
+    return status, shown
+
+
+@test("at a terminal polkit asks for an administrator's password: a wrong one is refused, the right one connects")
+def prompt(lab):
+    lab.app("bash", "-c", "getent group sudo >/dev/null || groupadd sudo; usermod -aG sudo alice; echo alice:Open-Sesame-5 | chpasswd")
+    connect = ["proxyctl", "connect", "--proxy-url", TINY]
+    before = lab.state()
+    status, shown = at_terminal(lab, "mallory", "something-else", *connect)
+    expect(status == NOT_AUTHORISED, f"ended with {status}: {shown}")
+    equal(before, lab.state(), "a wrong password changed the network")
+    status, shown = at_terminal(lab, "mallory", "Open-Sesame-5", *connect)
+    expect(status == OK, f"ended with {status}: {shown}")
+    lab.check_state("connected")
