@@ -49,7 +49,7 @@ pub(super) fn firewall_missing(desired: &Desired) -> Finding {
     Finding {
         code: "firewall-missing",
         severity,
-        text: format!("The firewall rules were removed by another program: {effect}."),
+        text: format!("The firewall rules were removed or changed by another program: {effect}."),
     }
 }
 

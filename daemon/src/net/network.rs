@@ -305,11 +305,12 @@ impl Network {
     /// When the present state can't be read.
     pub async fn health(&self, desired: &Desired) -> Result<Vec<Finding>, Error> {
         let mut findings = health::findings(&self.kernel.observe().await?, desired);
-        let present = match &self.backend {
-            Some(backend) => on(backend, Backend::present).await?,
-            None => false,
+        let intact = match (&self.backend, self.installed.clone()) {
+            (Some(backend), Some(ruleset)) => on(backend, move |backend| backend.holds(&ruleset)).await?,
+            (Some(backend), None) => on(backend, Backend::present).await?,
+            (None, _) => false,
         };
-        if !present {
+        if !intact {
             findings.insert(0, health::firewall_missing(desired));
         }
         Ok(findings)
@@ -317,7 +318,10 @@ impl Network {
 
     async fn is_installed(&self, ruleset: &Ruleset) -> Result<bool, Error> {
         match &self.backend {
-            Some(backend) if self.installed.as_ref() == Some(ruleset) => Ok(on(backend, Backend::present).await?),
+            Some(backend) if self.installed.as_ref() == Some(ruleset) => {
+                let ruleset = ruleset.clone();
+                Ok(on(backend, move |backend| backend.holds(&ruleset)).await?)
+            }
             _ => Ok(false),
         }
     }

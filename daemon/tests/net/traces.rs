@@ -93,6 +93,8 @@ fn what_others_removed_is_put_back() {
             ("ip route flush table 7376750", "steering-changed"),
             ("ip addr del 10.255.255.1/30 dev pvpn0", "tunnel-changed"),
             ("nft flush ruleset", "firewall-missing"),
+            ("nft delete chain inet proxyvpn forward", "firewall-missing"),
+            ("nft insert rule inet proxyvpn postrouting accept", "firewall-missing"),
         ];
         for (command, code) in damage {
             let codes = async |network: &proxyvpnd::net::Network| -> Vec<&'static str> {

@@ -107,6 +107,23 @@ impl Backend {
         }
     }
 
+    /// Whether exactly these rules are installed, as far as [`apply`](Self::apply) can read them back.
+    pub fn holds(&self, ruleset: &Ruleset) -> Result<bool, Error> {
+        if !self.present()? {
+            return Ok(false);
+        }
+        let found = match self {
+            Self::Nftnl => Netlink::open()?.verify(ruleset),
+            Self::Nft(path) => nft::verify(path, ruleset),
+            Self::Iptables(programs) => programs.verify(ruleset),
+        };
+        match found {
+            Ok(()) => Ok(true),
+            Err(Error::Differs(_)) => Ok(false),
+            Err(error) => Err(error),
+        }
+    }
+
     /// Removes what any backend made; nothing there is success. Goes on after an error and gives back the first.
     pub fn remove(&self) -> Result<(), Error> {
         let own = match self {

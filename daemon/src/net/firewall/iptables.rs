@@ -78,6 +78,11 @@ impl Programs {
         Ok(())
     }
 
+    /// Compares what is there with these rules; [`Error::Differs`] if that is not the same.
+    pub(super) fn verify(&self, ruleset: &Ruleset) -> Result<(), Error> {
+        self.families().try_for_each(|(family, program, _)| Installed::read(program)?.compare(ruleset, family))
+    }
+
     /// Removes our chains; none is fine. Goes on after an error and gives back the first.
     pub(super) fn remove(&self) -> Result<(), Error> {
         let mut result = Ok(());

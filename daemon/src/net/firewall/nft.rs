@@ -18,6 +18,11 @@ pub(super) fn probe(nft: &Path, ruleset: &Ruleset) -> Result<(), Error> {
 /// Puts these rules in place of older ones and compares what is then there.
 pub(super) fn apply(nft: &Path, ruleset: &Ruleset) -> Result<(), Error> {
     run(nft, &["-f", "-"], &ruleset.script())?;
+    verify(nft, ruleset)
+}
+
+/// Compares what is there with these rules; [`Error::Differs`] if that is not the same.
+pub(super) fn verify(nft: &Path, ruleset: &Ruleset) -> Result<(), Error> {
     compare(ruleset, &run(nft, &["list", "table", "inet", NFT_TABLE], "")?)
 }
 

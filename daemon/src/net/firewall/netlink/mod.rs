@@ -47,16 +47,21 @@ impl Netlink {
 
     /// Puts these rules in place of older ones, in one transaction, and compares what is then there.
     pub(super) fn apply(&mut self, ruleset: &Ruleset) -> Result<(), Error> {
-        let table = Table::new(TABLE, ProtoFamily::Inet);
-        let mut transaction = Transaction::default();
-        transaction.add(&table, MsgType::Add, "table inet proxyvpn");
-        transaction.add(&table, MsgType::Del, "delete table inet proxyvpn");
-        transaction.add(&table, MsgType::Add, "table inet proxyvpn");
-        transaction.add_chains(&table, ruleset, true);
-        let sent = self.0.commit(transaction)?;
+        let sent = self.0.commit(replacement(ruleset))?;
+        self.read_back(&sent)
+    }
+
+    /// Compares what is there with these rules; [`Error::Differs`] if that is not the same.
+    pub(super) fn verify(&mut self, ruleset: &Ruleset) -> Result<(), Error> {
+        let (bytes, _) = replacement(ruleset).finish();
+        let sent: Vec<Vec<u8>> = socket::messages(&bytes).map(<[u8]>::to_vec).collect();
+        self.read_back(&sent)
+    }
+
+    fn read_back(&mut self, sent: &[Vec<u8>]) -> Result<(), Error> {
         let chains = self.0.request(request::chains(ProtoFamily::Inet))?;
         let rules = self.0.request(request::rules(TABLE))?;
-        compare(&sent, &chains, &rules)
+        compare(sent, &chains, &rules)
     }
 
     /// Removes the table; none is fine.
@@ -90,6 +95,17 @@ impl Netlink {
         }
         Ok(false)
     }
+}
+
+/// These rules in place of older ones.
+fn replacement(ruleset: &Ruleset) -> Transaction {
+    let table = Table::new(TABLE, ProtoFamily::Inet);
+    let mut transaction = Transaction::default();
+    transaction.add(&table, MsgType::Add, "table inet proxyvpn");
+    transaction.add(&table, MsgType::Del, "delete table inet proxyvpn");
+    transaction.add(&table, MsgType::Add, "table inet proxyvpn");
+    transaction.add_chains(&table, ruleset, true);
+    transaction
 }
 
 /// Compares chains and rules that are installed, expression by expression, with those that were sent.
