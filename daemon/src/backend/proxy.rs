@@ -227,7 +227,8 @@ impl World for Proxy {
         match self.network().await {
             Ok(network) => match checked(network, &desired).await {
                 Ok(found) => {
-                    items.extend(found.into_iter().map(|found| item(found.code, found.severity.as_str(), found.text)))
+                    items.extend(found.into_iter().map(|found| item(found.code, found.severity.as_str(), found.text)));
+                    items.extend(fallback(network.firewall_name(), network.firewall_weaknesses()));
                 }
                 Err(error) => items.push(item("network-unreadable", "error", network::failure(&error).text)),
             },
@@ -291,10 +292,29 @@ async fn checked(network: &mut Network, desired: &Desired) -> Result<Vec<Finding
     Ok(found)
 }
 
+/// What the fall-back to a program does not promise; nothing for the usual way.
+fn fallback(name: &str, weaknesses: &[&str]) -> Option<HealthItem> {
+    let text = || format!("The firewall is applied through {name}: {}", weaknesses.join("; "));
+    (name != "nftnl" && !weaknesses.is_empty()).then(|| item("firewall-fallback", "warning", text()))
+}
+
 fn item(code: impl Into<String>, severity: &str, text: impl Into<String>) -> HealthItem {
     HealthItem { code: code.into(), severity: severity.to_owned(), text: text.into() }
 }
 
 fn internal(what: &str) -> Failure {
     Failure::new(ReasonCode::EngineFailed, format!("The daemon failed ({what}). Please report this"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_a_fallback_is_warned_of() {
+        assert_eq!(fallback("nftnl", &["it can be flushed"]), None);
+        assert_eq!(fallback("", &[]), None);
+        let found = fallback("iptables", &["it can be flushed", "not atomic"]).map(|found| found.text);
+        assert_eq!(found.as_deref(), Some("The firewall is applied through iptables: it can be flushed; not atomic"));
+    }
 }
