@@ -1,5 +1,7 @@
 //! The engine as its controller sees it: threads, one per queue.
 
+use std::collections::hash_map::RandomState;
+use std::hash::BuildHasher;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -217,6 +219,8 @@ impl Setup {
             sender,
             mtu: self.mtu,
             limits: self.limits,
+            // The hash of anything under a fresh random key.
+            seeds: [RandomState::new().hash_one(4), RandomState::new().hash_one(6)],
             dial: self.dial,
             outcomes: outcomes_in,
             health: self.health,

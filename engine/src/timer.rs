@@ -18,6 +18,12 @@ pub(crate) struct Timers {
 pub(crate) struct Armed(Option<Instant>);
 
 impl Timers {
+    /// Entries, stale ones too.
+    #[cfg(test)]
+    pub(crate) fn len(&self) -> usize {
+        self.heap.len()
+    }
+
     /// Makes sure that `id` comes up at `deadline` or earlier.
     pub(crate) fn arm(&mut self, armed: &mut Armed, id: FlowId, deadline: Instant) {
         if armed.0.is_none_or(|earliest| deadline < earliest) {

@@ -1,8 +1,6 @@
 //! What happens to a packet, an answer of the upstream, a timer.
 
 use std::collections::VecDeque;
-use std::collections::hash_map::RandomState;
-use std::hash::BuildHasher;
 use std::io;
 use std::net::SocketAddr;
 use std::pin::Pin;
@@ -59,6 +57,8 @@ pub(crate) struct Parts<Q> {
     pub(crate) mtu: u16,
     /// This shard's share of the limits.
     pub(crate) limits: Limits,
+    /// What initial sequence numbers come from, for IPv4 and IPv6. They must not repeat between runs.
+    pub(crate) seeds: [u64; 2],
     /// The way out.
     pub(crate) dial: Dial,
     /// Where outcomes of attempts go; they come back through [`Shard::connected`].
@@ -100,11 +100,10 @@ struct Stack {
 }
 
 impl Stack {
-    fn new<Q: Queue>(sender: &mut Sender<Q>, mtu: u16, v6: bool, now: Instant) -> Self {
+    fn new<Q: Queue>(sender: &mut Sender<Q>, mtu: u16, seed: u64, v6: bool, now: Instant) -> Self {
         let capabilities = sender.framing().capabilities(mtu, v6);
         let mut config = smoltcp::iface::Config::new(HardwareAddress::Ip);
-        // The hash of anything under a fresh random key: initial sequence numbers must not repeat between runs.
-        config.random_seed = RandomState::new().hash_one(v6);
+        config.random_seed = seed;
         let mut port = Port { packet: None, sender, capabilities: &capabilities, mss6: 0 };
         let mut interface = Interface::new(config, &mut port, now);
         // Takes packets for every address, without routes or addresses of its own.
@@ -128,8 +127,9 @@ impl<Q: Queue> Shard<Q> {
     /// # Errors
     /// mmap(2)'s for the rings.
     pub(crate) fn new(mut parts: Parts<Q>, now: Instant) -> io::Result<Self> {
-        let v4 = Stack::new(&mut parts.sender, parts.mtu, false, now);
-        let v6 = Stack::new(&mut parts.sender, parts.mtu, true, now);
+        let [seed4, seed6] = parts.seeds;
+        let v4 = Stack::new(&mut parts.sender, parts.mtu, seed4, false, now);
+        let v6 = Stack::new(&mut parts.sender, parts.mtu, seed6, true, now);
         Ok(Self {
             slab: Slab::new(parts.limits.ring.saturating_mul(2), parts.limits.flows)?,
             sender: parts.sender,
@@ -433,6 +433,14 @@ impl<Q: Queue> Shard<Q> {
             Some(Stage::Open(_)) => self.counters.flows_closed.increment(),
             None => {}
         }
+    }
+
+    /// What a shard without flows must not hold: flows, waiting ones, entries of lists, of timers, blocks of rings, frames.
+    #[cfg(test)]
+    pub(crate) fn held(&self) -> [usize; 6] {
+        let lists = self.dirty.len() + self.stalled.len();
+        let (timers, blocks) = (self.timers.len(), self.slab.taken());
+        [self.table.len(), self.pending, lists, timers, blocks, usize::from(self.sender.is_blocked())]
     }
 
     /// Ends every flow with a RST to both sides.

@@ -54,6 +54,13 @@ impl Slab {
         Ok(Self(Rc::new(Mapping { base, block, count, free: RefCell::default() })))
     }
 
+    /// Blocks that are out.
+    #[cfg(test)]
+    pub(crate) fn taken(&self) -> usize {
+        let free = self.0.free.borrow();
+        free.fresh - free.returned.len()
+    }
+
     /// Takes a zeroed block, or `None` when all are out.
     pub(super) fn take(&self) -> Option<Block> {
         let mut free = self.0.free.borrow_mut();

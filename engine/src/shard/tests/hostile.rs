@@ -5,8 +5,8 @@ use std::time::Duration;
 use proptest::prelude::*;
 use tokio::net::TcpStream;
 
-use super::{Bench, v4, v6};
-use crate::testing::{Packets, read_tcp, tunnel};
+use super::{v4, v6};
+use crate::testing::{Bench, Packets, read_tcp, tunnel};
 
 /// A program that sends anything at all.
 #[derive(Debug, Clone)]
@@ -106,6 +106,7 @@ proptest! {
             bench.later(8000);
             let left = bench.flows();
             prop_assert!(left.is_empty(), "left over: {left:?}");
+            prop_assert_eq!((bench.shard.next_deadline(), bench.shard.held()), (None, [0; 6]));
             prop_assert_eq!(bench.counters.flows_opened.get(), bench.counters.flows_closed.get());
             Ok(())
         })?;

@@ -4,140 +4,17 @@
 
 mod hostile;
 
-use std::sync::Arc;
 use std::time::Duration;
 
-use smoltcp::time::Instant;
 use smoltcp::wire::TcpPacket;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::net::TcpStream;
-use tokio::sync::mpsc;
 
-use super::core::{Outcome, Parts, Shard};
-use crate::config::Limits;
-use crate::counters::Counters;
-use crate::device::{Framing, Sender};
+use crate::device::Framing;
 use crate::event::Event;
-use crate::health::Health;
 use crate::packet::parse::{ACK, FIN, RST, SYN};
 use crate::packet::vnet;
-use crate::table::FlowId;
-use crate::testing::{Attempts, Double, Packets, Sent, tunnel};
+use crate::testing::{Bench, LIMITS, Packets, tunnel};
 use crate::upstream::{ConnectError, Target};
-
-const LIMITS: Limits = Limits { flows: 4, pending: 8, ring: 64 * 1024 };
-
-struct Bench {
-    shard: Shard<Double>,
-    device: Double,
-    attempts: Attempts,
-    outcomes: mpsc::UnboundedReceiver<(FlowId, Outcome)>,
-    events: mpsc::Receiver<Event>,
-    counters: Arc<Counters>,
-    now: Instant,
-}
-
-impl Bench {
-    fn new() -> Self {
-        Self::framed(Framing::Bare)
-    }
-
-    fn framed(framing: Framing) -> Self {
-        let (device, attempts, counters) = (Double::default(), Attempts::default(), Arc::<Counters>::default());
-        let (outcomes_in, outcomes) = mpsc::unbounded_channel();
-        let (events_in, events) = mpsc::channel(1);
-        let parts = Parts {
-            sender: Sender::new(device.clone(), framing, Arc::clone(&counters)),
-            mtu: 1500,
-            limits: LIMITS,
-            dial: attempts.dial(),
-            outcomes: outcomes_in,
-            health: Arc::new(Health::new(events_in)),
-            counters: Arc::clone(&counters),
-        };
-        let now = Instant::from_secs(1);
-        Self { shard: Shard::new(parts, now).unwrap(), device, attempts, outcomes, events, counters, now }
-    }
-
-    fn feed(&mut self, packet: &[u8]) {
-        self.shard.frame(self.now, packet);
-    }
-
-    fn turn(&mut self) {
-        self.shard.turn(self.now);
-    }
-
-    fn later(&mut self, seconds: u64) {
-        self.now += smoltcp::time::Duration::from_secs(seconds);
-        self.turn();
-    }
-
-    /// Hands the next outcome to the shard.
-    async fn outcome(&mut self) {
-        let (id, outcome) = self.outcomes.recv().await.unwrap();
-        self.shard.connected(self.now, id, outcome);
-        self.turn();
-    }
-
-    async fn refuse(&mut self, error: ConnectError) {
-        let (_, answer) = self.attempt().await;
-        answer.send(Err(error)).unwrap();
-        self.outcome().await;
-    }
-
-    async fn attempt(&mut self) -> (Target, tokio::sync::oneshot::Sender<Outcome>) {
-        loop {
-            match self.attempts.next() {
-                Some(attempt) => return attempt,
-                None => tokio::task::yield_now().await,
-            }
-        }
-    }
-
-    /// Lets the upstream accept the next attempt; gives its far end and the SYN-ACK.
-    async fn accept(&mut self, early: &[u8]) -> (TcpStream, Sent) {
-        let (_, answer) = self.attempt().await;
-        let (tunnel, far) = tunnel(early).await;
-        answer.send(Ok(tunnel)).unwrap();
-        self.outcome().await;
-        let syn_ack = self.one();
-        assert_eq!(syn_ack.flags, SYN | ACK);
-        (far, syn_ack)
-    }
-
-    /// An established flow: what it takes to go on with it.
-    async fn establish(&mut self, packets: Packets) -> (TcpStream, i32) {
-        self.feed(&packets.syn(100));
-        let (far, syn_ack) = self.accept(b"").await;
-        self.feed(&packets.tcp(ACK, 101, syn_ack.seq.wrapping_add(1), b""));
-        self.turn();
-        (far, syn_ack.seq.wrapping_add(1))
-    }
-
-    /// The only segment that was sent.
-    fn one(&self) -> Sent {
-        let mut sent = self.device.take_tcp();
-        assert_eq!(sent.len(), 1, "{sent:?}");
-        sent.remove(0)
-    }
-
-    /// Turns until the device has something, as a woken loop would.
-    async fn sent(&mut self) -> Vec<Sent> {
-        for _ in 0..1000 {
-            self.turn();
-            let sent = self.device.take_tcp();
-            if !sent.is_empty() {
-                return sent;
-            }
-            tokio::time::sleep(Duration::from_millis(1)).await;
-        }
-        panic!("nothing was sent");
-    }
-
-    fn flows(&mut self) -> Vec<&'static str> {
-        self.shard.flows(self.now, 100, 0, 1).iter().map(|flow| flow.state).collect()
-    }
-}
 
 fn v4() -> Packets {
     Packets::new("10.0.0.1", "192.0.2.9")

@@ -1,27 +1,15 @@
-//! Doubles for tests: packets of a program, a device, an upstream.
+//! Packets of a program, made and read with smoltcp's wire formats.
 
-#![allow(clippy::unwrap_used, reason = "a failure here is the test's failure")]
-
-use std::cell::RefCell;
-use std::collections::VecDeque;
-use std::io;
-use std::net::{IpAddr, SocketAddr};
-use std::rc::Rc;
-use std::sync::{Arc, Mutex};
+use std::net::IpAddr;
 
 use smoltcp::phy::ChecksumCapabilities;
 use smoltcp::wire::{
     IpAddress, IpProtocol, IpRepr, Ipv4Packet, Ipv4Repr, Ipv6Packet, Ipv6Repr, TcpControl, TcpPacket, TcpRepr,
     TcpSeqNumber,
 };
-use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::oneshot;
 
-use crate::device::Queue;
 use crate::packet::checksum::Sum;
 use crate::packet::parse::{ACK, FIN, RST, SYN, Tuple};
-use crate::shard::core::{Dial, Outcome};
-use crate::upstream::{ConnectError, Target, Tunnel};
 
 /// Makes the packets of one program's connection.
 #[derive(Debug, Clone, Copy)]
@@ -143,84 +131,4 @@ pub(crate) fn read_tcp(packet: &[u8]) -> Sent {
         ack: tcp.ack_number().0,
         payload: tcp.payload().to_vec(),
     }
-}
-
-/// A device that keeps what is written.
-#[derive(Debug, Clone, Default)]
-pub(crate) struct Double(Rc<RefCell<DoubleState>>);
-
-#[derive(Debug, Default)]
-struct DoubleState {
-    written: VecDeque<Vec<u8>>,
-    error: Option<i32>,
-}
-
-impl Double {
-    /// The oldest frame.
-    pub(crate) fn next(&self) -> Option<Vec<u8>> {
-        self.0.borrow_mut().written.pop_front()
-    }
-
-    /// Every frame, as TCP.
-    pub(crate) fn take_tcp(&self) -> Vec<Sent> {
-        self.0.borrow_mut().written.drain(..).map(|frame| read_tcp(&frame)).collect()
-    }
-
-    /// What writing gives from now on.
-    pub(crate) fn fail(&self, errno: Option<i32>) {
-        self.0.borrow_mut().error = errno;
-    }
-}
-
-impl Queue for Double {
-    fn read(&self, _: &mut [u8]) -> io::Result<usize> {
-        Err(io::ErrorKind::WouldBlock.into())
-    }
-
-    fn write(&self, frame: &[u8]) -> io::Result<()> {
-        let mut state = self.0.borrow_mut();
-        if let Some(errno) = state.error {
-            return Err(io::Error::from_raw_os_error(errno));
-        }
-        state.written.push_back(frame.to_vec());
-        Ok(())
-    }
-}
-
-type Waiting = VecDeque<(Target, oneshot::Sender<Outcome>)>;
-
-/// Attempts that wait for the test to answer them.
-#[derive(Clone, Default)]
-pub(crate) struct Attempts(Arc<Mutex<Waiting>>);
-
-impl Attempts {
-    /// The way to this upstream.
-    pub(crate) fn dial(&self) -> Dial {
-        let attempts = self.clone();
-        Arc::new(move |target| {
-            let (answer, answered) = oneshot::channel();
-            attempts.0.lock().unwrap().push_back((target, answer));
-            Box::pin(async move {
-                let refused = |_| Err(ConnectError::Forbidden([127, 0, 0, 1].into()));
-                answered.await.unwrap_or_else(refused)
-            })
-        })
-    }
-
-    /// The oldest attempt.
-    pub(crate) fn next(&self) -> Option<(Target, oneshot::Sender<Outcome>)> {
-        self.0.lock().unwrap().pop_front()
-    }
-
-    pub(crate) fn len(&self) -> usize {
-        self.0.lock().unwrap().len()
-    }
-}
-
-/// A tunnel and the far end of it.
-pub(crate) async fn tunnel(early: &[u8]) -> (Tunnel, TcpStream) {
-    let listener = TcpListener::bind(SocketAddr::from(([127, 0, 0, 1], 0))).await.unwrap();
-    let stream = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
-    let (far, _) = listener.accept().await.unwrap();
-    (Tunnel { stream, early: early.to_vec() }, far)
 }

@@ -1,0 +1,143 @@
+//! A shard between doubles, fed packet by packet at times that the test chooses.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use smoltcp::time::Instant;
+use tokio::net::TcpStream;
+use tokio::sync::mpsc;
+
+use super::{Attempts, Double, Packets, Sent, tunnel};
+use crate::config::Limits;
+use crate::counters::Counters;
+use crate::device::{Framing, Queue, Sender};
+use crate::event::Event;
+use crate::health::Health;
+use crate::packet::parse::{ACK, SYN};
+use crate::shard::core::{Outcome, Parts, Shard};
+use crate::table::FlowId;
+use crate::upstream::{ConnectError, Target};
+
+/// Few flows, small rings.
+pub(crate) const LIMITS: Limits = Limits { flows: 4, pending: 8, ring: 64 * 1024 };
+
+/// A shard that is fed by hand. Its device is a [`Double`], maybe behind wrappers.
+pub(crate) struct Bench<Q = Double> {
+    pub(crate) shard: Shard<Q>,
+    pub(crate) device: Double,
+    pub(crate) attempts: Attempts,
+    pub(crate) outcomes: mpsc::UnboundedReceiver<(FlowId, Outcome)>,
+    pub(crate) events: mpsc::Receiver<Event>,
+    pub(crate) counters: Arc<Counters>,
+    pub(crate) now: Instant,
+}
+
+impl Bench {
+    pub(crate) fn new() -> Self {
+        Self::framed(Framing::Bare)
+    }
+
+    pub(crate) fn framed(framing: Framing) -> Self {
+        Self::wrapped(framing, LIMITS, |device| device)
+    }
+}
+
+impl<Q: Queue> Bench<Q> {
+    /// With what `wrap` puts around the device.
+    pub(crate) fn wrapped(framing: Framing, limits: Limits, wrap: impl FnOnce(Double) -> Q) -> Self {
+        let (device, attempts, counters) = (Double::default(), Attempts::default(), Arc::<Counters>::default());
+        let (outcomes_in, outcomes) = mpsc::unbounded_channel();
+        let (events_in, events) = mpsc::channel(1);
+        let parts = Parts {
+            sender: Sender::new(wrap(device.clone()), framing, Arc::clone(&counters)),
+            mtu: 1500,
+            limits,
+            seeds: [1, 2],
+            dial: attempts.dial(),
+            outcomes: outcomes_in,
+            health: Arc::new(Health::new(events_in)),
+            counters: Arc::clone(&counters),
+        };
+        let now = Instant::from_secs(1);
+        Self { shard: Shard::new(parts, now).unwrap(), device, attempts, outcomes, events, counters, now }
+    }
+
+    pub(crate) fn feed(&mut self, packet: &[u8]) {
+        self.shard.frame(self.now, packet);
+    }
+
+    pub(crate) fn turn(&mut self) {
+        self.shard.turn(self.now);
+    }
+
+    pub(crate) fn later(&mut self, seconds: u64) {
+        self.now += smoltcp::time::Duration::from_secs(seconds);
+        self.turn();
+    }
+
+    /// Hands the next outcome to the shard.
+    pub(crate) async fn outcome(&mut self) {
+        let (id, outcome) = self.outcomes.recv().await.unwrap();
+        self.shard.connected(self.now, id, outcome);
+        self.turn();
+    }
+
+    pub(crate) async fn refuse(&mut self, error: ConnectError) {
+        let (_, answer) = self.attempt().await;
+        answer.send(Err(error)).unwrap();
+        self.outcome().await;
+    }
+
+    pub(crate) async fn attempt(&mut self) -> (Target, tokio::sync::oneshot::Sender<Outcome>) {
+        loop {
+            match self.attempts.next() {
+                Some(attempt) => return attempt,
+                None => tokio::task::yield_now().await,
+            }
+        }
+    }
+
+    /// Lets the upstream accept the next attempt; gives its far end and the SYN-ACK.
+    pub(crate) async fn accept(&mut self, early: &[u8]) -> (TcpStream, Sent) {
+        let (_, answer) = self.attempt().await;
+        let (tunnel, far) = tunnel(early).await;
+        answer.send(Ok(tunnel)).unwrap();
+        self.outcome().await;
+        let syn_ack = self.one();
+        assert_eq!(syn_ack.flags, SYN | ACK);
+        (far, syn_ack)
+    }
+
+    /// An established flow: what it takes to go on with it.
+    pub(crate) async fn establish(&mut self, packets: Packets) -> (TcpStream, i32) {
+        self.feed(&packets.syn(100));
+        let (far, syn_ack) = self.accept(b"").await;
+        self.feed(&packets.tcp(ACK, 101, syn_ack.seq.wrapping_add(1), b""));
+        self.turn();
+        (far, syn_ack.seq.wrapping_add(1))
+    }
+
+    /// The only segment that was sent.
+    pub(crate) fn one(&self) -> Sent {
+        let mut sent = self.device.take_tcp();
+        assert_eq!(sent.len(), 1, "{sent:?}");
+        sent.remove(0)
+    }
+
+    /// Turns until the device has something, as a woken loop would.
+    pub(crate) async fn sent(&mut self) -> Vec<Sent> {
+        for _ in 0..1000 {
+            self.turn();
+            let sent = self.device.take_tcp();
+            if !sent.is_empty() {
+                return sent;
+            }
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+        panic!("nothing was sent");
+    }
+
+    pub(crate) fn flows(&mut self) -> Vec<&'static str> {
+        self.shard.flows(self.now, 100, 0, 1).iter().map(|flow| flow.state).collect()
+    }
+}

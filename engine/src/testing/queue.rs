@@ -1,0 +1,51 @@
+//! The plain device: what is written is kept, what the test puts there is read.
+
+use std::cell::RefCell;
+use std::collections::VecDeque;
+use std::io;
+use std::rc::Rc;
+
+use super::packets::{Sent, read_tcp};
+use crate::device::Queue;
+
+/// A device that keeps what is written.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Double(Rc<RefCell<DoubleState>>);
+
+#[derive(Debug, Default)]
+struct DoubleState {
+    written: VecDeque<Vec<u8>>,
+    error: Option<i32>,
+}
+
+impl Double {
+    /// The oldest frame.
+    pub(crate) fn next(&self) -> Option<Vec<u8>> {
+        self.0.borrow_mut().written.pop_front()
+    }
+
+    /// Every frame, as TCP.
+    pub(crate) fn take_tcp(&self) -> Vec<Sent> {
+        self.0.borrow_mut().written.drain(..).map(|frame| read_tcp(&frame)).collect()
+    }
+
+    /// What writing gives from now on.
+    pub(crate) fn fail(&self, errno: Option<i32>) {
+        self.0.borrow_mut().error = errno;
+    }
+}
+
+impl Queue for Double {
+    fn read(&self, _: &mut [u8]) -> io::Result<usize> {
+        Err(io::ErrorKind::WouldBlock.into())
+    }
+
+    fn write(&self, frame: &[u8]) -> io::Result<()> {
+        let mut state = self.0.borrow_mut();
+        if let Some(errno) = state.error {
+            return Err(io::Error::from_raw_os_error(errno));
+        }
+        state.written.push_back(frame.to_vec());
+        Ok(())
+    }
+}
