@@ -9,7 +9,7 @@ build=(gcc libc6-dev pkg-config libmnl-dev libnftnl-dev ca-certificates git)
 # a|b: any of them will do, the first that can be had is installed
 run=(util-linux iproute2 "nftables" iptables procps "dbus" "polkitd|policykit-1")
 test=("squid|squid-openssl" tinyproxy-bin dnsmasq-base openssh-server openssh-client curl wget netcat-openbsd tcpdump openssl python3
-  shellcheck systemd-container mmdebstrap "passwd" "libpam-runtime")
+  rsync iperf3 "nginx|nginx-core" ethtool shellcheck systemd-container mmdebstrap "passwd" "libpam-runtime")
 wanted=("${build[@]}" "${run[@]}" "${test[@]}")
 case ${1:-} in
   --build) wanted=("${build[@]}") ;;
@@ -77,6 +77,8 @@ if [ "${#missing[@]}" -gt 0 ]; then
     case $pick in
       squid | squid-openssl) disable+=(squid.service) ;;
       openssh-server) disable+=(ssh.service ssh.socket) ;;
+      rsync | iperf3) disable+=("$pick.service") ;;
+      nginx | nginx-core) disable+=(nginx.service) ;;
     esac
   done
   say "setup: installing ${install[*]}"
