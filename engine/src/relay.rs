@@ -2,8 +2,9 @@
 //! side's end (FIN, RST, silence) into the same end on the other.
 
 use std::io;
+use std::pin::Pin;
 use std::sync::Arc;
-use std::task::{Context, Wake, Waker};
+use std::task::{Context, Poll, Wake, Waker};
 use std::time::Duration;
 
 use rustix::net::Shutdown;
@@ -11,14 +12,14 @@ use smoltcp::iface::Interface;
 use smoltcp::phy::Device;
 use smoltcp::socket::tcp::State;
 use smoltcp::time::Instant;
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::TcpStream;
 
 use crate::counters::Counters;
+use crate::packet::parse::Data;
 use crate::sys::Connection;
-use crate::upstream::Tunnel;
+use crate::upstream::{self, Tunnel};
 
-/// Passes over both directions before another flow gets its turn.
-const ROUNDS: usize = 4;
 /// A program whose system has to answer (a SYN-ACK, a FIN) and does not is gone.
 const UNANSWERED: Duration = Duration::from_secs(60);
 /// Bytes towards the program that its system does not acknowledge: as long as Linux tries (tcp(7), `tcp_retries2`).
@@ -29,10 +30,10 @@ const KEEP_ALIVE: Duration = Duration::from_secs(900);
 const FIN_WAIT: Duration = Duration::from_secs(600);
 /// After a FIN of the program's: how long the upstream may say nothing.
 const CLOSE_WAIT: Duration = Duration::from_secs(7200);
-/// Idle for so long, and the ring towards the program gives its memory back.
+/// Idle for so long, and a flow comes to rest: its rings give their memory back.
 const IDLE: Duration = Duration::from_secs(5);
-/// Not worth giving back.
-const SMALL: u64 = 32 * 1024;
+/// Flows come to rest at full seconds, so that many of them share a wake-up.
+const REST_GRAIN: Duration = Duration::from_secs(1);
 
 /// An open flow.
 #[derive(Debug)]
@@ -61,15 +62,15 @@ pub(crate) struct Relay {
     settled: bool,
     /// When something last happened that a silent side could have failed to do.
     progress: Instant,
-    /// `received` when the ring towards the program was last given back.
-    discarded_at: u64,
+    /// Nothing was moved since the flow came to rest.
+    rests: bool,
+    /// The upstream's socket is asked to find out about a peer that vanished.
+    kept_alive: bool,
 }
 
 /// What [`Relay::pump`] leaves.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Pumped {
-    /// There is more to do at once.
-    Again,
     /// A wake-up, a packet or [`Relay::deadline`] brings the next work.
     Wait,
     /// The flow is over.
@@ -115,14 +116,22 @@ impl Relay {
             aborted: false,
             settled: false,
             progress: now,
-            discarded_at: 0,
+            rests: false,
+            kept_alive: false,
         }
     }
 
     /// Takes in one of the program's packets; `reset` when its RST flag is set.
-    pub(crate) fn ingress(&mut self, now: Instant, interface: &mut Interface, device: &mut impl Device, reset: bool) {
+    pub(crate) fn ingress(
+        &mut self,
+        now: Instant,
+        interface: &mut Interface,
+        device: &mut impl Device,
+        data: Data,
+        reset: bool,
+    ) {
         let before = self.connection.state();
-        self.connection.ingress(now, interface, device);
+        self.connection.ingress(now, interface, device, data);
         let after = self.connection.state();
         self.progress = now;
         // A RST in SYN-RECEIVED makes smoltcp listen again.
@@ -147,24 +156,19 @@ impl Relay {
         if self.program_reset {
             return Pumped::Over(self.end(End::ResetByProgram));
         }
-        let mut more = true;
-        for _ in 0..ROUNDS {
-            let sent = self.feed_upstream();
-            let received = self.feed_program();
+        // Both go on until there is nothing to move or no room for it; what changes that comes with a packet or a wake-up.
+        let sent = self.feed_upstream();
+        let received = self.feed_program();
+        if sent + received > 0 {
             self.sent += sent;
             self.received += received;
             counters.bytes_sent.add(sent);
             counters.bytes_received.add(received);
-            more = sent + received > 0;
-            if more {
-                self.progress = now;
-            }
-            self.pass_on_ends(now);
-            self.egress(now, interface, device);
-            if !more {
-                break;
-            }
+            self.progress = now;
+            self.rests = false;
         }
+        self.pass_on_ends(now);
+        self.egress(now, interface, device);
         if let Some(end) = self.over() {
             return Pumped::Over(self.end(end));
         }
@@ -178,8 +182,8 @@ impl Relay {
             self.egress(now, interface, device);
             return Pumped::Over(self.end(End::TimedOut));
         }
-        self.discard_if_idle(now);
-        if more || self.upstream_is_ready() { Pumped::Again } else { Pumped::Wait }
+        self.rest_if_idle(now);
+        Pumped::Wait
     }
 
     /// Resets both sides, for a flow that must go now.
@@ -193,31 +197,59 @@ impl Relay {
     /// When [`pump`](Self::pump) must be called even if nothing happens.
     pub(crate) fn deadline(&self, now: Instant, interface: &mut Interface) -> Option<Instant> {
         let own = Some(self.progress + self.limit().into());
-        let idle = self.could_discard().then(|| self.progress + IDLE.into());
+        let idle = (!self.rests).then(|| round_up(self.progress + IDLE.into(), REST_GRAIN));
         let stack = if self.settled { None } else { self.connection.poll_at(now, interface) };
         [own, idle, stack].into_iter().flatten().min()
     }
 
-    /// Program to upstream; the number of bytes taken.
+    /// Program to upstream; the number of bytes taken. Asks to be woken if the upstream could not take all.
     fn feed_upstream(&mut self) -> u64 {
-        let (mut total, upstream) = (0, &self.upstream);
+        let Self { connection, upstream, waker, .. } = self;
+        let mut context = Context::from_waker(waker);
+        let mut total = 0;
         while !self.upstream_broken {
-            let written = self.connection.receive(|bytes| match upstream.try_write(bytes) {
-                Ok(n) => (n, Ok(n)),
-                Err(error) => (0, Err(error)),
+            let written = connection.receive(|bytes| {
+                let written = Pin::new(&mut *upstream).poll_write(&mut context, bytes);
+                (if let Poll::Ready(Ok(n)) = written { n } else { 0 }, written)
             });
             match written {
-                Some(Ok(n)) => total += n as u64,
-                Some(Err(error)) if is_transient(&error) => break,
-                Some(Err(_)) => self.upstream_broken = true,
-                None => break,
+                Some(Poll::Ready(Ok(n @ 1..))) => total += n as u64,
+                Some(Poll::Ready(Err(error))) if error.kind() == io::ErrorKind::Interrupted => {}
+                Some(Poll::Ready(_)) => self.upstream_broken = true,
+                Some(Poll::Pending) | None => break,
             }
         }
         total
     }
 
-    /// Upstream to program; the number of bytes put into the ring.
+    /// Upstream to program; the number of bytes put into the ring. Asks to be woken if there is room for more.
     fn feed_program(&mut self) -> u64 {
+        let mut total = self.feed_early();
+        if !self.early.is_empty() {
+            return total;
+        }
+        let Self { connection, upstream, waker, .. } = self;
+        let mut context = Context::from_waker(waker);
+        while !self.upstream_finished {
+            let read = connection.send(|room| {
+                let mut room = ReadBuf::new(room);
+                let read = Pin::new(&mut *upstream).poll_read(&mut context, &mut room);
+                let n = room.filled().len();
+                (n, read.map_ok(|()| n))
+            });
+            match read {
+                Some(Poll::Ready(Ok(0))) => self.upstream_finished = true,
+                Some(Poll::Ready(Ok(n))) => total += n as u64,
+                Some(Poll::Ready(Err(error))) if error.kind() == io::ErrorKind::Interrupted => {}
+                Some(Poll::Ready(Err(_))) => (self.upstream_finished, self.upstream_broken) = (true, true),
+                Some(Poll::Pending) | None => break,
+            }
+        }
+        total
+    }
+
+    /// What came with the proxy's answer, to the program; the number of bytes put into the ring.
+    fn feed_early(&mut self) -> u64 {
         let mut total = 0;
         while self.early_taken < self.early.len() {
             let rest = &self.early[self.early_taken..];
@@ -232,20 +264,6 @@ impl Relay {
         }
         if self.early.capacity() > 0 {
             (self.early, self.early_taken) = (Vec::new(), 0);
-        }
-        let upstream = &self.upstream;
-        while !self.upstream_finished {
-            let read = self.connection.send(|room| match upstream.try_read(room) {
-                Ok(n) => (n, Ok(n)),
-                Err(error) => (0, Err(error)),
-            });
-            match read {
-                Some(Ok(0)) => self.upstream_finished = true,
-                Some(Ok(n)) => total += n as u64,
-                Some(Err(error)) if is_transient(&error) => break,
-                Some(Err(_)) => (self.upstream_finished, self.upstream_broken) = (true, true),
-                None => break,
-            }
         }
         total
     }
@@ -325,31 +343,23 @@ impl Relay {
         let _ = self.upstream.set_zero_linger();
     }
 
-    /// Asks to be woken for what could not be done; true when it can be done already.
-    fn upstream_is_ready(&self) -> bool {
-        let mut context = Context::from_waker(&self.waker);
-        let read = !self.upstream_finished
-            && self.connection.can_send()
-            && self.upstream.poll_read_ready(&mut context).is_ready();
-        let write = !self.upstream_broken
-            && self.connection.receive_queue() > 0
-            && self.upstream.poll_write_ready(&mut context).is_ready();
-        read || write
-    }
-
-    /// True when the ring towards the program is empty and was used a good deal.
-    fn could_discard(&self) -> bool {
-        self.received - self.discarded_at >= SMALL && self.connection.send_queue() == 0
-    }
-
-    fn discard_if_idle(&mut self, now: Instant) {
-        if self.could_discard() && self.progress + IDLE.into() <= now {
-            self.connection.discard_send_ring();
-            self.discarded_at = self.received;
+    fn rest_if_idle(&mut self, now: Instant) {
+        if self.rests || now < self.progress + IDLE.into() {
+            return;
+        }
+        self.rests = true;
+        self.connection.discard_rings();
+        // Not at the start: most flows end before a vanished peer could be noticed, and four system calls each are saved.
+        if !self.kept_alive {
+            self.kept_alive = true;
+            // Fails only for a socket that is no longer connected.
+            let _ = upstream::keep_alive(&self.upstream);
         }
     }
 }
 
-fn is_transient(error: &io::Error) -> bool {
-    matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted)
+fn round_up(time: Instant, grain: Duration) -> Instant {
+    let grain = i64::try_from(grain.as_micros()).unwrap_or(i64::MAX);
+    let micros = time.total_micros();
+    Instant::from_micros(micros.saturating_add((grain - micros.rem_euclid(grain)) % grain))
 }

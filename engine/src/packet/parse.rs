@@ -36,6 +36,15 @@ impl Tuple {
     }
 }
 
+/// Where a segment's data stands in the program's stream.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Data {
+    /// Sequence number of its first byte.
+    pub(crate) sequence: u32,
+    /// Bytes.
+    pub(crate) length: usize,
+}
+
 /// A TCP segment, all lengths checked.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Segment<'a> {
@@ -65,10 +74,24 @@ impl Segment<'_> {
         packet
     }
 
+    /// The sequence number.
+    pub(crate) fn sequence(&self) -> u32 {
+        let number = self.packet.get(self.ip_header() + 4..).and_then(|rest| rest.first_chunk());
+        number.map_or(0, |number| u32::from_be_bytes(*number))
+    }
+
+    /// Where its data stands in the stream.
+    pub(crate) fn data(&self) -> Data {
+        Data { sequence: self.sequence(), length: self.packet.len() - self.headers }
+    }
+
+    fn ip_header(&self) -> usize {
+        if self.tuple.is_v6() { 40 } else { usize::from(self.packet[0] & 0x0f) * 4 }
+    }
+
     /// The maximum segment size that a SYN announces (RFC 9293 section 3.7.1), if it does.
     pub(crate) fn mss(&self) -> Option<u16> {
-        let ip_header = if self.tuple.is_v6() { 40 } else { usize::from(self.packet[0] & 0x0f) * 4 };
-        let mut options = &self.packet[ip_header + 20..self.headers];
+        let mut options = &self.packet[self.ip_header() + 20..self.headers];
         loop {
             match *options {
                 [] | [0, ..] => return None,

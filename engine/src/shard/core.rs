@@ -21,7 +21,7 @@ use crate::event::FlowInfo;
 use crate::flow::{Flow, Pending, Stage, state_name};
 use crate::health::Health;
 use crate::packet::icmp::port_unreachable;
-use crate::packet::parse::{self, Drop as Reason, Packet, RST, Segment};
+use crate::packet::parse::{self, Drop as Reason, Packet, RST, SYN, Segment};
 use crate::relay::{End, Pumped, Relay};
 use crate::sys::{Connection, Slab};
 use crate::table::{FlowId, Table};
@@ -153,6 +153,12 @@ impl<Q: Queue> Shard<Q> {
         })
     }
 
+    /// Pages of rings that are backed by memory.
+    #[cfg(test)]
+    pub(super) fn resident(&self) -> usize {
+        self.slab.resident()
+    }
+
     /// Takes in one frame of the device's.
     pub(crate) fn frame(&mut self, now: Instant, frame: &[u8]) {
         let Some((vouched_for, packet)) = self.sender.framing().split(frame) else {
@@ -214,7 +220,7 @@ impl<Q: Queue> Shard<Q> {
                 self.mark(id);
                 self.open(now, segment);
             }
-            Stage::Open(_) => self.ingress(now, id, segment.packet, segment.flags & RST != 0),
+            Stage::Open(_) => self.ingress(now, id, segment),
         }
     }
 
@@ -271,23 +277,24 @@ impl<Q: Queue> Shard<Q> {
             self.refuse(now, &syn, tuple.is_v6());
             return;
         };
-        let listening = Connection::listen(&self.slab, tuple.destination.into(), tuple.destination_port, timestamp);
+        let syn = Segment { tuple, flags: SYN, packet: &syn, headers: syn.len() };
+        let (address, port) = (tuple.destination.into(), tuple.destination_port);
+        let listening = Connection::listen(&self.slab, address, port, syn.sequence(), timestamp);
         let room = self.table.len() - self.pending < self.limits.flows;
         let Some(connection) = listening.filter(|_| room) else {
             self.counters.flows_refused_full.increment();
             self.remove(id);
-            self.refuse(now, &syn, tuple.is_v6());
+            self.refuse(now, syn.packet, tuple.is_v6());
             return;
         };
         self.pending -= 1;
         self.counters.flows_opened.increment();
         let waker = Arc::new(FlowWaker { flow: id, ready: Arc::clone(&self.ready) });
-        let mss =
-            Segment { tuple, flags: 0, packet: &syn, headers: syn.len() }.mss().unwrap_or(DEFAULT_MSS).max(MIN_MSS);
+        let mss = syn.mss().unwrap_or(DEFAULT_MSS).max(MIN_MSS);
         if let Some(flow) = self.table.get_mut(id) {
             flow.stage = Stage::Open(Box::new(Relay::new(connection, tunnel, mss, waker, now)));
         }
-        self.ingress(now, id, &syn, false);
+        self.ingress(now, id, &syn);
     }
 
     fn record(&mut self, now: Instant, outcome: Outcome) -> Option<Tunnel> {
@@ -306,12 +313,12 @@ impl<Q: Queue> Shard<Q> {
         }
     }
 
-    fn ingress(&mut self, now: Instant, id: FlowId, packet: &[u8], reset: bool) {
+    fn ingress(&mut self, now: Instant, id: FlowId, segment: &Segment<'_>) {
         let Some(flow) = self.table.get_mut(id) else { return };
         if let Stage::Open(relay) = &mut flow.stage {
             let stack = if flow.tuple.is_v6() { &mut self.v6 } else { &mut self.v4 };
-            let (interface, mut port) = stack.port(&mut self.sender, Some(packet), relay.mss);
-            relay.ingress(now, interface, &mut port, reset);
+            let (interface, mut port) = stack.port(&mut self.sender, Some(segment.packet), relay.mss);
+            relay.ingress(now, interface, &mut port, segment.data(), segment.flags & RST != 0);
         }
         self.mark(id);
     }
@@ -385,7 +392,6 @@ impl<Q: Queue> Shard<Q> {
                         self.count_end(end);
                         self.remove(id);
                     }
-                    Pumped::Again => self.mark(id),
                     Pumped::Wait if self.sender.is_blocked() => {
                         if !flow.stalled {
                             flow.stalled = true;

@@ -12,6 +12,7 @@ use smoltcp::time::{Duration, Instant};
 use smoltcp::wire::{IpAddress, IpListenEndpoint};
 
 use super::slab::{Block, Slab};
+use crate::packet::parse::Data;
 
 /// A socket towards a program on this machine.
 #[derive(Debug)]
@@ -20,11 +21,25 @@ pub(crate) struct Connection {
     set: SocketSet<'static>,
     handle: SocketHandle,
     block: Block,
+    /// Sequence number of the program's first byte.
+    first: u32,
+    /// Bytes that were put into the ring from the program in order, in all.
+    taken_in: usize,
+    /// How far segments that came before their turn may reach, counted from `first`.
+    reached: usize,
+    /// Bytes that were put into the ring towards the program, in all.
+    queued: usize,
 }
 
 impl Connection {
-    /// A socket that listens for the SYN to `address:port`. `None` when the slab is empty or the port is 0.
-    pub(crate) fn listen(slab: &Slab, address: IpAddress, port: u16, clock: fn() -> u32) -> Option<Self> {
+    /// A socket that listens for the SYN with number `sequence` to `address:port`. `None` when the slab is empty or the port is 0.
+    pub(crate) fn listen(
+        slab: &Slab,
+        address: IpAddress,
+        port: u16,
+        sequence: u32,
+        clock: fn() -> u32,
+    ) -> Option<Self> {
         let block = slab.take()?;
         let (start, length) = block.memory();
         let (rx, tx) = halves(start, length);
@@ -38,7 +53,7 @@ impl Connection {
         socket.listen(IpListenEndpoint { addr: Some(address), port }).ok()?;
         let mut set = SocketSet::new(Vec::with_capacity(1));
         let handle = set.add(socket);
-        Some(Self { set, handle, block })
+        Some(Self { set, handle, block, first: sequence.wrapping_add(1), taken_in: 0, reached: 0, queued: 0 })
     }
 
     fn socket(&self) -> &tcp::Socket<'static> {
@@ -50,8 +65,15 @@ impl Connection {
     }
 
     /// Takes one packet from `device`.
-    pub(crate) fn ingress(&mut self, now: Instant, interface: &mut Interface, device: &mut impl Device) {
+    pub(crate) fn ingress(&mut self, now: Instant, interface: &mut Interface, device: &mut impl Device, data: Data) {
+        let before = self.receive_queue();
         interface.poll_ingress_single(now, device, &mut self.set);
+        // A stream may be longer than sequence numbers count; the difference to what comes next tells all the same.
+        let next = self.first.wrapping_add(self.taken_in as u32);
+        if let Ok(ahead @ 1..) = usize::try_from(data.sequence.wrapping_sub(next).cast_signed()) {
+            self.reached = self.reached.max(self.taken_in.saturating_add(ahead).saturating_add(data.length));
+        }
+        self.taken_in = self.taken_in.saturating_add(self.receive_queue().saturating_sub(before));
     }
 
     /// Sends at most one packet; true when one was sent, so that there may be more.
@@ -112,7 +134,10 @@ impl Connection {
         if !self.can_send() {
             return None;
         }
-        self.socket_mut().send(f).ok()
+        let before = self.send_queue();
+        let result = self.socket_mut().send(f).ok();
+        self.queued = self.queued.saturating_add(self.send_queue().saturating_sub(before));
+        result
     }
 
     /// Sends a FIN after what is queued.
@@ -130,12 +155,23 @@ impl Connection {
         self.socket_mut().set_keep_alive(interval);
     }
 
-    /// Gives the memory of the ring towards the program back if it is empty; it is backed again when touched. (The other ring
-    /// may hold segments that came out of order, which cannot be seen from here.)
-    pub(crate) fn discard_send_ring(&mut self) {
-        if self.send_queue() == 0 {
+    /// Gives the memory of rings that are empty back; it is backed again when touched.
+    pub(crate) fn discard_rings(&mut self) {
+        if self.send_queue() > 0 {
+            return;
+        }
+        // Segments that came before their turn wait in the ring too.
+        if self.receive_queue() == 0 && self.reached <= self.taken_in {
+            self.block.discard();
+        } else {
             self.block.discard_second_half();
         }
+    }
+}
+
+impl Drop for Connection {
+    fn drop(&mut self) {
+        self.block.touched(self.taken_in.max(self.reached), self.queued);
     }
 }
 

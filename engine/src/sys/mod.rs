@@ -1,4 +1,4 @@
-//! The only place with `unsafe` besides the upstream's socket options: memory that the kernel backs on first touch, and TUN ioctls.
+//! The only place with `unsafe`: memory that the kernel backs on first touch, and TUN ioctls.
 #![allow(unsafe_code)]
 
 mod connection;

@@ -1,10 +1,15 @@
 //! Equal blocks of memory in one mapping. A block costs nothing until it is touched and is given back to the kernel when it is
-//! returned: a flow that moved no bytes keeps a page or two, not its whole rings.
+//! returned, but for a few that were hardly touched: the next short flows have them without a system call and a page fault.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::io;
 use std::ptr::NonNull;
 use std::rc::Rc;
+
+/// So many returned blocks keep their first pages.
+const WARM: usize = 32;
+/// More bytes than this in a half, and the block is not worth keeping.
+const SMALL: usize = 4096;
 
 /// A mapping of `count` blocks. Belongs to one thread.
 #[derive(Debug, Clone)]
@@ -18,11 +23,12 @@ struct Mapping {
     free: RefCell<Free>,
 }
 
-/// Blocks from `fresh` on were never handed out; `returned` were and came back.
+/// Blocks from `fresh` on were never handed out; the others were and came back. All are zeroed.
 #[derive(Debug, Default)]
 struct Free {
     fresh: usize,
     returned: Vec<usize>,
+    warm: Vec<usize>,
 }
 
 impl Slab {
@@ -64,7 +70,7 @@ impl Slab {
     /// Takes a zeroed block, or `None` when all are out.
     pub(super) fn take(&self) -> Option<Block> {
         let mut free = self.0.free.borrow_mut();
-        let index = match free.returned.pop() {
+        let index = match free.warm.pop().or_else(|| free.returned.pop()) {
             Some(index) => index,
             None if free.fresh < self.0.count => {
                 free.fresh += 1;
@@ -72,7 +78,17 @@ impl Slab {
             }
             None => return None,
         };
-        Some(Block { mapping: Rc::clone(&self.0), index })
+        Some(Block { mapping: Rc::clone(&self.0), index, touched: Cell::new(None) })
+    }
+
+    /// Pages that are backed by memory.
+    #[cfg(test)]
+    pub(crate) fn resident(&self) -> usize {
+        let (length, page) = (self.0.block * self.0.count, rustix::param::page_size());
+        let mut pages = vec![0_u8; length.div_ceil(page)];
+        // SAFETY: the range is the mapping, which lives; `pages` has a byte for each of its pages.
+        unsafe { libc::mincore(self.0.base.as_ptr().cast(), length, pages.as_mut_ptr()) };
+        pages.iter().filter(|page| *page & 1 == 1).count()
     }
 }
 
@@ -88,6 +104,7 @@ impl Drop for Mapping {
 pub(super) struct Block {
     mapping: Rc<Mapping>,
     index: usize,
+    touched: Cell<Option<(usize, usize)>>,
 }
 
 impl Block {
@@ -98,25 +115,58 @@ impl Block {
         (start, self.mapping.block)
     }
 
-    /// Gives the pages of the second half back; it then reads as zeroes.
-    pub(super) fn discard_second_half(&self) {
-        let (_, length) = self.memory();
-        let start = (length / 2).next_multiple_of(rustix::param::page_size()).min(length);
-        self.discard(start, length - start);
+    /// Gives all pages back; the block then reads as zeroes.
+    pub(super) fn discard(&self) {
+        self.discard_from(0);
     }
 
-    fn discard(&self, offset: usize, length: usize) {
-        let (start, _) = self.memory();
-        // SAFETY: both callers stay inside this block. What is wiped holds no data that anyone still reads: the block is being
-        // dropped, or its holder says that the half is empty.
-        unsafe { libc::madvise(start.as_ptr().add(offset).cast(), length, libc::MADV_DONTNEED) };
+    /// Gives the pages of the second half back; it then reads as zeroes.
+    pub(super) fn discard_second_half(&self) {
+        self.discard_from(self.second_half());
+    }
+
+    /// The holder's word that nothing was written but the first `first` bytes and the first `second` bytes of the second half.
+    pub(super) fn touched(&self, first: usize, second: usize) {
+        self.touched.set(Some((first, second)));
+    }
+
+    fn second_half(&self) -> usize {
+        self.mapping.block / 2
+    }
+
+    fn discard_from(&self, offset: usize) {
+        let (start, length) = self.memory();
+        let offset = offset.next_multiple_of(rustix::param::page_size()).min(length);
+        // SAFETY: the range is inside this block. What is wiped holds no data that anyone still reads: the block is being dropped,
+        // or its holder says that the range is empty.
+        unsafe { libc::madvise(start.as_ptr().add(offset).cast(), length - offset, libc::MADV_DONTNEED) };
+    }
+
+    /// Zeroes what was touched if that is little.
+    fn wipe(&self) -> bool {
+        let Some((first, second)) = self.touched.get().filter(|(a, b)| *a.max(b) <= SMALL) else { return false };
+        let (start, length) = self.memory();
+        let half = self.second_half();
+        if first > half || second > length - half {
+            return false;
+        }
+        // SAFETY: both ranges are inside this block, as was just checked; it is being dropped, so nobody refers to it.
+        unsafe {
+            start.as_ptr().write_bytes(0, first);
+            start.as_ptr().add(half).write_bytes(0, second);
+        }
+        true
     }
 }
 
 impl Drop for Block {
     fn drop(&mut self) {
-        self.discard(0, self.mapping.block);
-        self.mapping.free.borrow_mut().returned.push(self.index);
+        let warm = self.mapping.free.borrow().warm.len() < WARM && self.wipe();
+        if !warm {
+            self.discard();
+        }
+        let mut free = self.mapping.free.borrow_mut();
+        if warm { &mut free.warm } else { &mut free.returned }.push(self.index);
     }
 }
 
@@ -151,6 +201,23 @@ mod tests {
         let again = slab.take().unwrap();
         assert_eq!((byte(&again, 0), byte(&again, 4999)), (0, 0));
         assert_eq!(byte(&b, 0), 2);
+    }
+
+    #[test]
+    fn a_block_that_was_hardly_touched_comes_back_zeroed_too() {
+        let slab = Slab::new(8192, 1).unwrap();
+        for (first, second) in [(3, 5), (4096, 4096), (0, 4097)] {
+            let block = slab.take().unwrap();
+            let (start, length) = block.memory();
+            for at in [0..first, length / 2..(length / 2 + second).min(length)].into_iter().flatten() {
+                // SAFETY: inside the block, which is ours.
+                unsafe { start.as_ptr().add(at).write(9) };
+            }
+            block.touched(first, second);
+            drop(block);
+            let again = slab.take().unwrap();
+            assert!((0..length).all(|at| byte(&again, at) == 0), "{first} {second}");
+        }
     }
 
     #[test]

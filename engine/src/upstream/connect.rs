@@ -1,10 +1,13 @@
 //! One connection: checks, TCP, CONNECT, answer.
 
 use std::io;
+use std::mem::MaybeUninit;
 use std::net::{IpAddr, SocketAddr};
+use std::pin::Pin;
+use std::task::{Poll, ready};
 use std::time::Duration;
 
-use tokio::io::AsyncWriteExt;
+use tokio::io::{AsyncRead, AsyncWriteExt, ReadBuf};
 use tokio::net::TcpStream;
 use tokio::time::{Instant, timeout_at};
 
@@ -95,7 +98,7 @@ impl Connector {
         let request = http::request(authority, proxy.credentials.as_ref());
         let exchange = async {
             stream.write_all(&request).await?;
-            read_answer(&stream).await
+            read_answer(&mut stream).await
         };
         let upstream = proxy.name.clone();
         match timeout_at(deadline, exchange).await {
@@ -147,19 +150,19 @@ impl From<io::Error> for Broken {
     }
 }
 
-async fn read_answer(stream: &TcpStream) -> Result<Answer, Broken> {
+async fn read_answer(stream: &mut TcpStream) -> Result<Answer, Broken> {
     let mut decoder = Decoder::default();
     loop {
-        stream.readable().await?;
-        // Not held across an await, so it does not make every waiting connection 4 KiB larger.
-        let mut chunk = [0; CHUNK];
-        let read = match stream.try_read(&mut chunk) {
-            Ok(read) => read,
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => continue,
-            Err(error) => return Err(error.into()),
-        };
-        let step = if read == 0 { Err(decoder.end()) } else { decoder.feed(&chunk[..read]) };
-        if let Some(answer) = step.map_err(Broken::Malformed)? {
+        let step = std::future::poll_fn(|context| {
+            // Not held across an await, so it does not make every waiting connection 4 KiB larger.
+            let mut chunk = [MaybeUninit::uninit(); CHUNK];
+            let mut chunk = ReadBuf::uninit(&mut chunk);
+            ready!(Pin::new(&mut *stream).poll_read(context, &mut chunk))?;
+            let bytes = chunk.filled();
+            let step = if bytes.is_empty() { Err(decoder.end()) } else { decoder.feed(bytes) };
+            Poll::Ready(step.map_err(Broken::Malformed))
+        });
+        if let Some(answer) = step.await? {
             return Ok(answer);
         }
     }

@@ -7,7 +7,6 @@
 //! - `error`: [`ConnectError`]
 //! - `http`: request and answer of CONNECT as bytes, no I/O
 //! - `socket`: sockets and their options, racing several addresses
-//! - `sys`: the one socket option that no crate has
 
 mod connect;
 mod credentials;
@@ -15,7 +14,6 @@ mod error;
 mod http;
 mod probe;
 mod socket;
-mod sys;
 #[cfg(test)]
 mod tests;
 
@@ -26,6 +24,7 @@ use tokio::net::TcpStream;
 
 pub use credentials::{Credentials, CredentialsError};
 pub use error::{AuthenticationFault, ConnectError};
+pub(crate) use socket::keep_alive;
 
 /// What carries the connections.
 #[derive(Debug, Clone)]

@@ -4,7 +4,7 @@ use std::io;
 use std::net::SocketAddr;
 use std::time::Duration;
 
-use socket2::{Domain, Protocol, Socket, TcpKeepalive, Type};
+use socket2::{Domain, Protocol, SockRef, Socket, TcpKeepalive, Type};
 use tokio::net::{TcpSocket, TcpStream};
 use tokio::task::JoinSet;
 
@@ -68,12 +68,18 @@ fn prepare(address: SocketAddr, mark: Option<u32>) -> io::Result<Socket> {
     if let Some(mark) = mark {
         socket.set_mark(mark)?;
     }
-    super::sys::bind_address_no_port(&socket)?;
     socket.set_tcp_nodelay(true)?;
+    Ok(socket)
+}
+
+/// Lets the system find out about a peer that vanished: asked after 60 s of silence, given up after another minute.
+///
+/// # Errors
+/// setsockopt(2)'s, for a socket that is no longer connected.
+pub(crate) fn keep_alive(stream: &TcpStream) -> io::Result<()> {
     let keepalive =
         TcpKeepalive::new().with_time(Duration::from_secs(60)).with_interval(Duration::from_secs(15)).with_retries(4);
-    socket.set_tcp_keepalive(&keepalive)?;
-    Ok(socket)
+    SockRef::from(stream).set_tcp_keepalive(&keepalive)
 }
 
 /// Whose fault a failed `connect(2)` is.
@@ -105,14 +111,23 @@ mod tests {
         for address in ["127.0.0.1:1", "[::1]:1"] {
             let socket = prepare(address.parse().unwrap(), None).unwrap();
             assert!(socket.tcp_nodelay().unwrap());
-            assert!(socket.keepalive().unwrap());
-            assert_eq!(socket.tcp_keepalive_time().unwrap(), Duration::from_secs(60));
-            assert_eq!(socket.tcp_keepalive_interval().unwrap(), Duration::from_secs(15));
-            assert_eq!(socket.tcp_keepalive_retries().unwrap(), 4);
             assert_eq!(socket.mark().unwrap(), 0);
             assert!(fcntl_getfl(&socket).unwrap().contains(OFlags::NONBLOCK));
             assert!(fcntl_getfd(&socket).unwrap().contains(FdFlags::CLOEXEC));
         }
+    }
+
+    #[tokio::test]
+    async fn a_vanished_peer_is_noticed() {
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let stream = open(listener.local_addr().unwrap(), None).await.unwrap();
+        let socket = SockRef::from(&stream);
+        assert!(!socket.keepalive().unwrap());
+        keep_alive(&stream).unwrap();
+        assert!(socket.keepalive().unwrap());
+        assert_eq!(socket.tcp_keepalive_time().unwrap(), Duration::from_secs(60));
+        assert_eq!(socket.tcp_keepalive_interval().unwrap(), Duration::from_secs(15));
+        assert_eq!(socket.tcp_keepalive_retries().unwrap(), 4);
     }
 
     #[tokio::test]

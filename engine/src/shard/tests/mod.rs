@@ -230,6 +230,61 @@ async fn a_quiet_program_whose_system_answers_keeps_its_flow() {
 }
 
 #[tokio::test]
+async fn a_flow_at_rest_holds_no_memory_and_goes_on_unharmed() {
+    let mut bench = Bench::new();
+    let (mut far, ack) = bench.establish(v4()).await;
+    let (first, second) = ([1; 9000], [2; 9000]);
+    bench.feed(&v4().tcp(ACK, 101, ack, &first));
+    bench.turn();
+    far.write_all(&first).await.unwrap();
+    let mut received: Vec<u8> = Vec::new();
+    while received.len() < first.len() {
+        received.extend(bench.sent().await.into_iter().flat_map(|sent| sent.payload));
+    }
+    bench.feed(&v4().tcp(ACK, 9101, ack + 9000, b""));
+    bench.turn();
+    assert!(bench.shard.resident() > 0);
+    bench.later(4);
+    assert!(bench.shard.resident() > 0, "too early");
+    bench.later(2);
+    assert_eq!(bench.shard.resident(), 0);
+
+    bench.feed(&v4().tcp(ACK, 9101, ack + 9000, &second));
+    bench.turn();
+    far.write_all(&second).await.unwrap();
+    while received.len() < 18_000 {
+        received.extend(bench.sent().await.into_iter().flat_map(|sent| sent.payload));
+    }
+    assert!(received[..9000] == first && received[9000..] == second);
+    let mut got = [0; 18_000];
+    far.read_exact(&mut got).await.unwrap();
+    assert!(got[..9000] == first && got[9000..] == second);
+    bench.feed(&v4().tcp(ACK, 18_101, ack + 18_000, b""));
+    bench.turn();
+    bench.later(6);
+    assert_eq!(bench.shard.resident(), 0, "it rests again");
+}
+
+#[tokio::test]
+async fn a_segment_that_came_out_of_order_survives_the_rest() {
+    let mut bench = Bench::new();
+    let (mut far, ack) = bench.establish(v4()).await;
+    bench.feed(&v4().tcp(ACK, 106, ack, b"world"));
+    bench.turn();
+    bench.later(7);
+    bench.feed(&v4().tcp(ACK, 101, ack, b"hello"));
+    bench.turn();
+    let mut got = [0; 10];
+    far.read_exact(&mut got).await.unwrap();
+    assert_eq!(&got, b"helloworld");
+    // A repetition holds nothing back.
+    bench.feed(&v4().tcp(ACK, 106, ack, b"world"));
+    bench.turn();
+    bench.later(7);
+    assert_eq!(bench.shard.resident(), 0);
+}
+
+#[tokio::test]
 async fn both_sides_finish_and_the_port_is_used_again_within_one_batch() {
     let mut bench = Bench::new();
     let (far, ours) = bench.establish(v4()).await;
