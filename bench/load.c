@@ -1,15 +1,19 @@
 /* load WHAT -t IP:PORT [-x http:IP:PORT | socks5:IP:PORT] [-T TARGETS] [-n COUNT] [-d SECONDS] [-w WARM-UP] ...
  *   bulk -m D|U [-v]   COUNT flows down or up; -v: every byte is compared, an upload ends by half-close and the server's count
- *   conns              short connections, COUNT at once: open, 100 bytes there and back, close
+ *   conns              short connections, at most COUNT at once: open, 100 bytes there and back, close
+ *     [-c TOTAL]       ends when so many are through, not after SECONDS
+ *     [-r RATE]        opens so many per second, and not each as soon as another is over; after SECONDS it waits for those that are open
+ *     [-p]             prints how far it is, a line of JSON each second
  *   idle               COUNT connections; prints a line when they are open, holds them until stdin ends, then uses each again
  *   ping [-s] [-g US]  on one connection 100 bytes there and back, again and again, US microseconds apart; -s: written in two halves
  *   open               prints what connect(2) says: "open", "refused", "closed" (accepted, then ended) or "silent"
  *   origin             prints the address that the server sees
- * Without -x the target is connected to directly. -T: targets rotate over so many addresses. Prints one line of JSON (idle: two).
+ * Without -x the target is connected to directly. -T: targets rotate over so many addresses. Ends with one line of JSON (idle: two).
  * Exit status: 0, 1 a connection failed or was lost, 2 usage, 3 wrong bytes. */
 #define _GNU_SOURCE
 #include <arpa/inet.h>
 #include <errno.h>
+#include <limits.h>
 #include <poll.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -24,7 +28,7 @@
 #define BATCH 256
 /* A short connection that takes longer is lost. */
 #define PATIENCE 10.0
-/* The most latencies that are kept. */
+/* The most latencies that are kept: the latest ones. */
 #define SAMPLES (1u << 22)
 /* Idle connections that are being opened at one time. */
 #define OPENING 64
@@ -34,14 +38,15 @@ static struct options {
     struct destination to;
     int count;
     double seconds, warm_up;
+    long total, rate;
     char mode;
-    int verify, split, gap;
+    int verify, split, gap, progress;
 } options = { .to = { .targets = 1 }, .count = 1, .seconds = 3, .mode = 'D' };
 
 static unsigned char buffer[CHUNK];
 static struct epoll_event events[BATCH];
 static float *samples;
-static size_t sampled;
+static size_t sampled; /* how many were taken; samples[] has the last SAMPLES of them */
 
 static int compare(const void *left, const void *right)
 {
@@ -51,13 +56,23 @@ static int compare(const void *left, const void *right)
 
 static void keep_sample(double seconds)
 {
-    if (sampled < SAMPLES) samples[sampled++] = (float)(seconds * 1e6);
+    samples[sampled++ % SAMPLES] = (float)(seconds * 1e6);
 }
 
-/* Microseconds that this share of the samples does not exceed. */
+static size_t kept_samples(void)
+{
+    return sampled < SAMPLES ? sampled : SAMPLES;
+}
+
+static void sort_samples(void)
+{
+    qsort(samples, kept_samples(), sizeof *samples, compare);
+}
+
+/* Microseconds that this share of the sorted samples does not exceed. */
 static double percentile(double share)
 {
-    return sampled ? samples[(size_t)((double)(sampled - 1) * share)] : 0;
+    return sampled ? samples[(size_t)((double)(kept_samples() - 1) * share)] : 0;
 }
 
 /* ends the program without waiting for what is still on its way */
@@ -164,11 +179,14 @@ static void bulk(void)
 
 /* ---- short connections ---- */
 
-static long short_total, short_errors;
+static struct {
+    long started, through, failed, refused, silent; /* refused and silent: those of the failed that were told so, or nothing at all */
+} shorts;
 
-static void short_start(struct client *c)
+static void short_failed(void)
 {
-    if (client_start(c, &options.to)) short_errors++;
+    shorts.failed++;
+    if (errno == ECONNREFUSED) shorts.refused++;
 }
 
 /* One event of a short connection: 1 when it is through, 0 when not, -1 when it failed. */
@@ -176,6 +194,7 @@ static int short_step(struct client *c, uint32_t happened)
 {
     static const char request[MESSAGE] = { 'R' };
     if (c->stage != OPEN) {
+        errno = 0;
         int state = client_step(c, happened);
         if (state <= 0) return state;
         if (send(c->fd, request, MESSAGE, MSG_NOSIGNAL) != MESSAGE) return -1;
@@ -188,42 +207,87 @@ static int short_step(struct client *c, uint32_t happened)
     return c->got >= MESSAGE;
 }
 
+/* How many are to have been started by now. */
+static long short_due(double running)
+{
+    long due = options.total ? options.total : LONG_MAX;
+    if (options.rate) {
+        double by_rate = (double)options.rate * (running < options.seconds || options.total ? running : options.seconds);
+        if (by_rate < (double)due) due = (long)by_rate;
+    }
+    return due;
+}
+
+/* Without a line's end: more may follow. */
+static void tell_shorts(double seconds, double rate)
+{
+    printf("{\"seconds\": %.1f, \"total\": %ld, \"errors\": %ld, \"refused\": %ld, \"silent\": %ld, \"rate\": %.1f", seconds, shorts.through,
+        shorts.failed, shorts.refused, shorts.silent, rate);
+}
+
+/* Gives up connections that take too long. */
+static void end_silent(struct client *all, struct client **unused, int *free_count, double time)
+{
+    for (struct client *c = all; c < all + options.count; c++) {
+        if (c->fd < 0 || time - c->started <= PATIENCE) continue;
+        close(c->fd);
+        c->fd = -1;
+        shorts.failed++;
+        shorts.silent++;
+        unused[(*free_count)++] = c;
+    }
+}
+
 static void conns(void)
 {
-    struct client *all = make_clients();
-    double begin = now(), from = 0, looked = begin, time;
-    for (int i = 0; i < options.count; i++) short_start(&all[i]);
-    while (time = now(), !from || time - from < options.seconds) {
+    struct client *all = make_clients(), **unused = calloc((size_t)options.count, sizeof *unused);
+    int free_count = options.count, drains = options.rate || options.total;
+    if (!unused) die("calloc");
+    for (int i = 0; i < options.count; i++) unused[i] = &all[i], all[i].fd = -1;
+    double begin = now(), from = 0, looked = begin, told = begin, time;
+    for (;;) {
+        time = now();
         if (!from && time - begin >= options.warm_up) from = time, sampled = 0;
+        int over = options.total ? shorts.started >= options.total : from && time - from >= options.seconds;
+        if (over && (!drains || free_count == options.count)) break;
         if (time - looked > 0.2) {
             looked = time;
-            for (int i = 0; i < options.count; i++) {
-                struct client *c = &all[i];
-                if (c->fd >= 0 && time - c->started > PATIENCE) {
-                    close(c->fd);
-                    c->fd = -1;
-                    short_errors++;
-                }
-                if (c->fd < 0) short_start(c);
-            }
+            end_silent(all, unused, &free_count, time);
         }
-        int count = epoll_wait(epoll_fd, events, BATCH, 50);
+        if (options.progress && time - told >= 1) {
+            tell_shorts(time - begin, (double)shorts.through / (time - begin));
+            printf("}\n");
+            fflush(stdout);
+            told = time;
+        }
+        for (long due = short_due(time - begin); !(over && drains) && free_count && shorts.started < due; shorts.started++) {
+            errno = 0;
+            if (!client_start(unused[free_count - 1], &options.to)) {
+                free_count--;
+                continue;
+            }
+            short_failed();
+            shorts.started++;
+            break; /* the kernel refuses; others have their turn first */
+        }
+        int count = epoll_wait(epoll_fd, events, BATCH, options.rate ? 1 : 50);
         for (int i = 0; i < count; i++) {
             struct client *c = events[i].data.ptr;
             int state = short_step(c, events[i].events);
             if (!state) continue;
             if (state > 0) {
-                short_total++;
+                shorts.through++;
                 keep_sample(now() - c->started);
-            } else short_errors++;
+            } else short_failed();
             close(c->fd);
-            short_start(c);
+            c->fd = -1;
+            unused[free_count++] = c;
         }
     }
-    size_t counted = sampled;
-    qsort(samples, sampled, sizeof *samples, compare);
-    printf("{\"total\": %ld, \"errors\": %ld, \"rate\": %.1f, \"p50\": %.0f, \"p99\": %.0f}\n", short_total, short_errors,
-        (double)counted / (time - from), percentile(0.5), percentile(0.99));
+    double rate = (double)sampled / (time - from);
+    sort_samples();
+    tell_shorts(time - begin, rate);
+    printf(", \"p50\": %.0f, \"p99\": %.0f}\n", percentile(0.5), percentile(0.99));
     done(0);
 }
 
@@ -310,7 +374,7 @@ static void ping(void)
         keep_sample(now() - start);
         if (options.gap) usleep((useconds_t)options.gap);
     }
-    qsort(samples, sampled, sizeof *samples, compare);
+    sort_samples();
     printf("{\"count\": %zu, \"p50\": %.1f, \"p99\": %.1f}\n", sampled, percentile(0.5), percentile(0.99));
     done(0);
 }
@@ -358,7 +422,7 @@ int main(int argc, char **argv)
         void (*run)(void);
     } commands[] = { { "bulk", bulk }, { "conns", conns }, { "idle", idle }, { "ping", ping }, { "open", try_open }, { "origin", origin } };
     int option;
-    while ((option = getopt(argc, argv, "t:x:T:n:d:w:m:vsg:")) != -1) switch (option) {
+    while ((option = getopt(argc, argv, "t:x:T:n:d:w:m:vsg:c:r:p")) != -1) switch (option) {
         case 't': options.to.target = parse_address(optarg); break;
         case 'x': take_proxy(optarg); break;
         case 'T': options.to.targets = (unsigned)atoi(optarg); break;
@@ -369,6 +433,9 @@ int main(int argc, char **argv)
         case 'v': options.verify = 1; break;
         case 's': options.split = 1; break;
         case 'g': options.gap = atoi(optarg); break;
+        case 'c': options.total = atol(optarg); break;
+        case 'r': options.rate = atol(optarg); break;
+        case 'p': options.progress = 1; break;
         default: return 2;
         }
     if (optind != argc - 1 || options.count < 1 || !options.to.targets || !options.to.target.sin_port) {

@@ -1,7 +1,11 @@
 #!/bin/bash
 # bench.sh: how fast proxyvpn is, against what is possible on this machine and against others: 'sudo scripts/bench.sh'
 #
-#   --quick        two to three minutes instead of twenty, with less certain figures
+#   --quick        four minutes instead of twenty, with less certain figures
+#   --congestion NAME
+#                  TCP's congestion control in both machines, for every program (default: reno). reno is the same on every machine, a network
+#                  namespace may always use it, and it sets no timers. bbr paces: its timers take more CPU than what is measured, and not
+#                  the same share of each program's. On a wire without loss cubic does what reno does, but not every kernel allows it here
 #   --json FILE    write everything that was measured, too
 #   --only A,B     only these of: direct connect tuns proxyvpn redsocks tun2proxy
 #   --with-peers   fetch redsocks (Debian's package, unpacked, not installed) and tun2proxy (cargo install, takes minutes) if they are not
@@ -12,10 +16,13 @@
 set -euo pipefail
 # shellcheck source=scripts/common.sh
 . "$(dirname "$0")/common.sh"
+# shellcheck source=scripts/bench-common.sh
+. "$(dirname "$0")/bench-common.sh"
 
-quick=() only=() json='' with_peers=''
+quick=() only=() json='' with_peers='' congestion=reno
 while [ $# -gt 0 ]; do case $1 in
   --quick) quick=(--quick); shift ;;
+  --congestion) congestion=${2:?--congestion needs a name}; shift 2 ;;
   --json) json=$(readlink -f "${2:?--json needs a file}") || die "no folder for '$2'"; shift 2 ;;
   --only) only=(--only "${2:?--only needs names}"); shift 2 ;;
   --with-peers) with_peers=1; shift ;;
@@ -23,24 +30,9 @@ while [ $# -gt 0 ]; do case $1 in
   *) die "unknown argument '$1' (see --help)" ;;
 esac; done
 need_root
-exec 9>/run/lock/proxyvpn-bench.lock
-flock -n 9 || die "another bench.sh runs; two at once would measure each other"
-
-"$ROOT/scripts/setup.sh" >/dev/null
-build_release || die "the build failed"
-
-work=$(mktemp -d /tmp/proxyvpn-bench.XXXXXX)
-chmod 755 "$work"
-trap 'rm -rf "$work"' EXIT
-compile() { # compile NAME SOURCE...
-  local name=$1; shift
-  cc -std=gnu11 -O2 -Wall -Wextra -Werror -pthread -o "$work/$name" "${@/#/$ROOT/bench/}" || die "bench/$name does not compile"
-}
-compile load load.c client.c common.c
-compile server server.c common.c
-compile relay relay.c common.c
-compile tunpair tunpair.c common.c
-"$ROOT/scripts/install.sh" --quiet --bin-dir "$(target_dir)/release" --destdir "$work/stage"
+only_one bench
+expect_congestion "$congestion"
+build_all bench
 
 peers=() kept=$(target_dir)/peers
 peer() { # peer NAME PROGRAM...: the first that is there
@@ -66,10 +58,4 @@ if ! peer tun2proxy tun2proxy-bin "$kept/tun2proxy/bin/tun2proxy-bin"; then
 fi
 skip hev-socks5-tunnel "neither Debian nor crates.io has it"
 
-# in the background, so that a signal reaches it at once: it has a lab to take down
-python3 "$ROOT/bench/run.py" --bin "$work" --stage "$work/stage" "${quick[@]}" "${only[@]}" ${json:+--json "$json"} "${peers[@]}" 9>&- &
-run=$! status=0
-trap 'kill -TERM "$run" 2>/dev/null || true' INT TERM
-wait "$run" || status=$?
-while kill -0 "$run" 2>/dev/null; do status=0; wait "$run" || status=$?; done
-exit "$status"
+run_python "$ROOT/bench/run.py" --bin "$work" --stage "$work/stage" --congestion "$congestion" "${quick[@]}" "${only[@]}" ${json:+--json "$json"} "${peers[@]}"

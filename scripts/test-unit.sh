@@ -32,6 +32,14 @@ PY
 check "python files parse" python_files
 bench_compiles() { local file; for file in bench/*.c; do cc -std=gnu11 -O2 -Wall -Wextra -Werror -fsyntax-only "$file" || return 1; done; }
 check "the bench's C files compile without warnings" bench_compiles
+bench_tests() {
+  local dir status; dir=$(mktemp -d); chmod 755 "$dir"
+  # shellcheck source=scripts/bench-common.sh
+  (. scripts/bench-common.sh && work=$dir compile_bench && python3 bench/test_bench.py "$dir"); status=$?
+  rm -rf "$dir"; return "$status"
+}
+check "the bench's own tests" bench_tests
+if ! unshare --net true 2>/dev/null && ! unshare --map-root-user --net true 2>/dev/null; then skipped "the bench's programs" "no network namespace can be made here"; fi
 licences() { cargo_run metadata --format-version 1 --locked | python3 scripts/licences.py deny.toml; }
 check "licences and sources of dependencies" licences
 if as_builder env PATH="$PATH" cargo deny --version >/dev/null 2>&1; then check "cargo deny" cargo_run deny --offline check bans sources
