@@ -142,7 +142,7 @@ async fn serve(args: &Args) -> Result<(), Fatal> {
     let service = Service::start(zbus::connection::Builder::system(), handle, Arc::clone(&store), log)
         .await
         .map_err(|error| Fatal(chain(&error)))?;
-    let world = Proxy::new(args.state_dir.clone(), limits, service.connection().clone());
+    let world = Proxy::new(args.state_dir.clone(), settings.queues, limits, service.connection().clone());
 
     let (stop, shutdown) = watch::channel(false);
     let mut left = shutdown.clone();

@@ -75,6 +75,8 @@ counters! {
     flows_timed_out: "flows-timed-out",
     /// Segments of no known flow, answered with a RST.
     unknown_flow: "unknown-flow",
+    /// Segments that came to another queue than their flow's, and reached it nevertheless.
+    segments_handed_over: "segments-handed-over",
     /// Repeated SYNs of a flow that still waits for the upstream.
     syn_repeated: "syn-repeated",
     /// UDP packets answered with port-unreachable.
@@ -93,6 +95,8 @@ counters! {
     drop_address: "drop-address",
     /// Packets that are neither TCP nor UDP.
     drop_not_tcp: "drop-not-tcp",
+    /// Segments of no flow of their queue's, while too many of them waited for the other queues.
+    drop_handover: "drop-handover",
     /// Packets that the device refused to take (it is down, or the packet was not to its liking).
     drop_device: "drop-device",
 }

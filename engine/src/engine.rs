@@ -19,6 +19,7 @@ use crate::device::{Framing, Sender};
 use crate::event::{Event, FlowInfo};
 use crate::health::Health;
 use crate::shard::core::{Dial, Parts, Shard};
+use crate::shard::peers::{Peers, Stray};
 use crate::shard::run::{Inputs, Request, run};
 use crate::sys::TunQueue;
 
@@ -102,9 +103,11 @@ impl Engine {
         };
         let health = Arc::new(Health::new(events.clone()));
         let mut shards = Vec::with_capacity(count);
-        for (number, queue) in queues.into_iter().enumerate() {
+        for (number, (queue, (peers, strays))) in queues.into_iter().zip(Peers::ring(count)).enumerate() {
             let setup = Setup {
                 number: (number as u64, count as u64),
+                peers,
+                strays,
                 mtu: config.mtu,
                 limits,
                 dial: Arc::clone(&dial),
@@ -156,6 +159,8 @@ impl Engine {
 /// What a shard's thread is given.
 struct Setup {
     number: (u64, u64),
+    peers: Peers,
+    strays: mpsc::Receiver<Stray>,
     mtu: u16,
     limits: Limits,
     dial: Dial,
@@ -224,6 +229,7 @@ impl Setup {
             dial: self.dial,
             outcomes: outcomes_in,
             health: self.health,
+            peers: self.peers,
             counters,
         };
         let shard = match Shard::new(parts, Instant::ZERO) {
@@ -235,7 +241,8 @@ impl Setup {
             }
         };
         let _ = starting.send(Ok(()));
-        let inputs = Inputs { queue, requests, outcomes, events: self.events, number: self.number };
+        let inputs =
+            Inputs { queue, requests, outcomes, strays: self.strays, events: self.events, number: self.number };
         runtime.block_on(run(shard, inputs));
     }
 }

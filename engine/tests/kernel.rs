@@ -5,8 +5,10 @@
 
 mod lab;
 
+use std::collections::HashMap;
 use std::io::{ErrorKind, Read, Write};
-use std::net::{Shutdown, TcpStream};
+use std::net::{Shutdown, SocketAddr, TcpStream};
+use std::os::fd::AsFd;
 use std::time::Duration;
 
 use lab::{Lab, V4, V6, connect, read_pattern, wait_until, write_pattern};
@@ -292,12 +294,12 @@ fn echo_once(address: &str) -> usize {
 /// A connection from a fixed port of the program's, as soon as its system lets go of the port: the last ACK of the connection
 /// before may still be under way.
 fn from_port(address: &str, from: u16, to: u16) -> TcpStream {
-    let to: std::net::SocketAddr = (address.parse::<std::net::IpAddr>().unwrap(), to).into();
+    let to: SocketAddr = (address.parse::<std::net::IpAddr>().unwrap(), to).into();
     let any: std::net::IpAddr = if to.is_ipv6() { [0; 16].into() } else { [0; 4].into() };
     for _ in 0..1000 {
         let socket = socket2::Socket::new(socket2::Domain::for_address(to), socket2::Type::STREAM, None).unwrap();
         socket.set_reuse_address(true).unwrap();
-        socket.bind(&std::net::SocketAddr::from((any, from)).into()).unwrap();
+        socket.bind(&SocketAddr::from((any, from)).into()).unwrap();
         match socket.connect_timeout(&to.into(), Duration::from_secs(5)) {
             Ok(()) => return socket.into(),
             Err(error) if error.kind() == ErrorKind::AddrNotAvailable => std::thread::yield_now(),
@@ -389,6 +391,74 @@ fn several_queues_share_the_work() {
     running.wait_until_empty();
     assert_eq!(running.counter("flows-opened"), 32);
     assert_eq!(running.stop().len(), 2);
+}
+
+/// `count` connections, IPv4 and IPv6 by turns, that have carried a few bytes both ways.
+fn connections(lab: &Lab, count: usize) -> Vec<TcpStream> {
+    let streams = lab.program(move || {
+        (0..count).map(|number| connect([V4, V6][number % 2], 9000).unwrap()).inspect(exchange).collect::<Vec<_>>()
+    });
+    streams.join().unwrap()
+}
+
+fn exchange(mut stream: &TcpStream) {
+    stream.write_all(&[7; 3000]).unwrap();
+    stream.read_exact(&mut [0; 3000]).unwrap();
+}
+
+/// Which of two shards each flow is on, by the program's address.
+fn shards(running: &lab::Running) -> HashMap<SocketAddr, u64> {
+    running.runtime.block_on(running.engine.flows()).iter().map(|flow| (flow.source, flow.id % 2)).collect()
+}
+
+#[test]
+#[ignore = "needs root and network namespaces; run by scripts/test-privileged.sh"]
+fn a_flow_stays_on_its_shard_in_both_directions_and_after_a_pause() {
+    const COUNT: usize = 400;
+    let lab = Lab::new();
+    lab.serve(9000, echo);
+    let running = lab.start_queues(1500, 2);
+    let streams = connections(&lab, COUNT);
+    let before = shards(&running);
+    assert_eq!(before.len(), COUNT);
+    for version in [SocketAddr::is_ipv4, SocketAddr::is_ipv6] {
+        let first = before.iter().filter(|(source, shard)| version(source) && **shard == 0).count();
+        // Even if the hash were a coin, fewer than 50 of 200 would not be seen in the life of this test.
+        assert!((COUNT / 8..COUNT * 3 / 8).contains(&first), "{first} of {} on the first shard", COUNT / 2);
+    }
+    for _ in 0..2 {
+        // Longer than the device remembers which queue a flow was answered on.
+        std::thread::sleep(Duration::from_secs(4));
+        streams.iter().for_each(exchange);
+    }
+    assert_eq!(shards(&running), before);
+    // Each segment that the engine read was of a flow of its own shard.
+    for counter in ["segments-handed-over", "unknown-flow", "drop-handover", "flows-closed"] {
+        assert_eq!(running.counter(counter), 0, "{}", running.counters());
+    }
+    drop(streams);
+    running.wait_until_empty();
+}
+
+#[test]
+#[ignore = "needs root and network namespaces; run by scripts/test-privileged.sh"]
+fn a_segment_on_the_wrong_queue_does_not_end_its_flow() {
+    let lab = Lab::new();
+    lab.serve(9000, echo);
+    let (keep, kept) = std::sync::mpsc::channel();
+    let running = lab.start_queues_with(1500, 2, Limits::default(), move |queues| {
+        keep.send(queues[0].as_fd().try_clone_to_owned().unwrap()).unwrap();
+    });
+    let streams = connections(&lab, 50);
+    let before = shards(&running);
+    lab::steer_to_the_first_queue(&kept.recv().unwrap());
+    streams.iter().for_each(exchange);
+    assert_eq!(shards(&running), before);
+    assert!(running.counter("segments-handed-over") > 0, "{}", running.counters());
+    assert_eq!(running.counter("flows-closed"), 0, "{}", running.counters());
+    drop(streams);
+    running.wait_until_empty();
+    assert_eq!(running.counter("flows-reset-by-program") + running.counter("flows-reset-by-upstream"), 0);
 }
 
 #[test]

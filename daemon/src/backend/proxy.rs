@@ -30,6 +30,7 @@ const EVENTS: usize = 16;
 #[derive(Debug)]
 pub struct Proxy {
     state_dir: PathBuf,
+    queues: usize,
     limits: Limits,
     bus: Connection,
     /// Opened at the first use, so that a daemon without privileges can still say what is missing.
@@ -47,11 +48,12 @@ pub struct Proxy {
 }
 
 impl Proxy {
-    /// A backend at rest.
+    /// A backend at rest, whose device will have so many `queues`.
     #[must_use]
-    pub fn new(state_dir: PathBuf, limits: Limits, bus: Connection) -> Self {
+    pub fn new(state_dir: PathBuf, queues: usize, limits: Limits, bus: Connection) -> Self {
         Self {
             state_dir,
+            queues,
             limits,
             bus,
             network: None,
@@ -100,7 +102,9 @@ impl Proxy {
         let tunnel = self.tunnel()?;
         let connector = self.connector()?;
         let mtu = tunnel.mtu;
-        let queues = self.network().await?.create_tunnel(&tunnel, 1).await.map_err(|error| network::failure(&error))?;
+        let queues = self.queues;
+        let queues =
+            self.network().await?.create_tunnel(&tunnel, queues).await.map_err(|error| network::failure(&error))?;
         let (sender, events) = mpsc::channel(EVENTS);
         let engine = Engine::start(queues, Config { mtu, limits: self.limits, connector }, sender)
             .map_err(|error| Failure::from_error(ReasonCode::EngineFailed, &error))?;

@@ -1,8 +1,11 @@
 //! Settings of the daemon, `/etc/proxyvpn/proxyvpnd.toml`.
 
+use std::num::NonZero;
+use std::ops::RangeInclusive;
 use std::path::Path;
 
 use proxyvpn_engine::config::Limits;
+use toml::Spanned;
 use tracing::level_filters::LevelFilter;
 
 use super::error::{ConfigError, Rejected, Source};
@@ -15,6 +18,10 @@ pub const PATH: &str = "/etc/proxyvpn/proxyvpnd.toml";
 const MAX_FILE: usize = 64 * 1024;
 /// Bound on `max-flows`: each flow may take a descriptor and two rings.
 const MAX_FLOWS: usize = 1 << 20;
+/// Most queues that are opened unasked: the other processors have programs to run.
+const DEFAULT_QUEUES: usize = 8;
+/// Bound on `queues`: far below the kernel's 256, and each has a thread.
+const MAX_QUEUES: usize = 64;
 
 /// Settings of the daemon.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -23,12 +30,19 @@ pub struct DaemonConfig {
     pub log_level: LevelFilter,
     /// `max-flows`: connections in the tunnel at the same time; the default is the engine's.
     pub max_flows: usize,
+    /// `queues`: of the tunnel device, each with a thread of its own; the default is one per processor, at most 8.
+    pub queues: usize,
 }
 
 impl Default for DaemonConfig {
     fn default() -> Self {
-        Self { log_level: LevelFilter::INFO, max_flows: Limits::default().flows }
+        Self { log_level: LevelFilter::INFO, max_flows: Limits::default().flows, queues: default_queues() }
     }
+}
+
+/// One for each processor that this process may use (affinity and cgroup quota are regarded).
+fn default_queues() -> usize {
+    std::thread::available_parallelism().map_or(1, NonZero::get).min(DEFAULT_QUEUES)
 }
 
 /// Reads the settings; a missing file means the defaults.
@@ -68,14 +82,27 @@ pub fn parse(file: &str, text: &str) -> Result<DaemonConfig, ConfigError> {
             }
         };
     }
-    if let Some(flows) = &raw.max_flows {
-        config.max_flows =
-            usize::try_from(*flows.get_ref()).ok().filter(|n| (1..=MAX_FLOWS).contains(n)).ok_or_else(|| {
-                let message = format!("max-flows = {} is not possible; use 1 to {MAX_FLOWS}", flows.get_ref());
-                source.error(Some(flows.span()), Rejected::new(message))
-            })?;
+    for (key, value, range, to) in [
+        ("max-flows", &raw.max_flows, 1..=MAX_FLOWS, &mut config.max_flows),
+        ("queues", &raw.queues, 1..=MAX_QUEUES, &mut config.queues),
+    ] {
+        if let Some(value) = value {
+            *to = number(&source, key, value, range)?;
+        }
     }
     Ok(config)
+}
+
+fn number(
+    source: &Source<'_>,
+    key: &str,
+    value: &Spanned<i64>,
+    range: RangeInclusive<usize>,
+) -> Result<usize, ConfigError> {
+    usize::try_from(*value.get_ref()).ok().filter(|number| range.contains(number)).ok_or_else(|| {
+        let message = format!("{key} = {} is not possible; use {} to {}", value.get_ref(), range.start(), range.end());
+        source.error(Some(value.span()), Rejected::new(message))
+    })
 }
 
 #[cfg(test)]
@@ -91,12 +118,14 @@ mod tests {
     #[test]
     fn every_key_and_its_errors() {
         assert_eq!(parse("f", "").unwrap(), DaemonConfig::default());
-        let config = parse("f", "log-level = \"debug\"\nmax-flows = 100\n").unwrap();
-        assert_eq!(config, DaemonConfig { log_level: LevelFilter::DEBUG, max_flows: 100 });
+        let config = parse("f", "log-level = \"debug\"\nmax-flows = 100\nqueues = 3\n").unwrap();
+        assert_eq!(config, DaemonConfig { log_level: LevelFilter::DEBUG, max_flows: 100, queues: 3 });
         for (text, says) in [
             ("log-level = \"loud\"\n", "f:1:13: \"loud\" is no log-level; use error,"),
             ("\nmax-flows = 0\n", "f:2:13: max-flows = 0 is not possible"),
             ("max-flows = 1048577\n", "use 1 to 1048576"),
+            ("queues = 0\n", "f:1:10: queues = 0 is not possible; use 1 to 64"),
+            ("queues = 65\n", "use 1 to 64"),
             ("max-flows = \"many\"\n", "f:1:13: invalid type"),
             ("log_level = \"info\"\n", "f:1:1: unknown key `log_level`"),
         ] {

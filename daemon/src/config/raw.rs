@@ -76,4 +76,5 @@ pub(super) struct TorVm {
 pub(super) struct Daemon {
     pub(super) log_level: Option<Text>,
     pub(super) max_flows: Option<Spanned<i64>>,
+    pub(super) queues: Option<Spanned<i64>>,
 }

@@ -303,3 +303,23 @@ fn the_device_has_its_queues_and_settings() {
         assert!(!sh("ip link").contains("pvpn0"), "the device goes with its descriptors");
     });
 }
+
+#[test]
+#[ignore = "needs root and makes network namespaces"]
+fn a_device_is_made_anew_with_any_number_of_queues() {
+    let world = World::new();
+    world.host.run_async(async || {
+        let mut network = open(&world.state).await;
+        let desired = desired();
+        let mut held = vec![];
+        for queues in [1, 2, 8, 1] {
+            // The device of an earlier run is there, and somebody still holds it.
+            held.push(network.create_tunnel(desired.tunnel.as_ref().unwrap(), queues).await.unwrap());
+            let link = sh("ip -d link show pvpn0");
+            assert_eq!(link.contains(&format!("multi_queue numqueues {queues}")), queues > 1, "{link}");
+            assert_eq!(held.last().unwrap().len(), queues);
+        }
+        drop(held);
+        assert!(!sh("ip link").contains("pvpn0"));
+    });
+}

@@ -13,6 +13,7 @@ use smoltcp::time::Instant;
 use smoltcp::wire::HardwareAddress;
 use tokio::sync::mpsc::UnboundedSender;
 
+use super::peers::{HandedOver, Peers, Stray};
 use super::ready::{FlowWaker, Ready};
 use crate::config::Limits;
 use crate::counters::Counters;
@@ -65,6 +66,8 @@ pub(crate) struct Parts<Q> {
     pub(crate) outcomes: UnboundedSender<(FlowId, Outcome)>,
     /// What the upstream's state is told by.
     pub(crate) health: Arc<Health>,
+    /// The other shards.
+    pub(crate) peers: Peers,
     /// This shard's counters.
     pub(crate) counters: Arc<Counters>,
 }
@@ -91,6 +94,7 @@ pub(crate) struct Shard<Q> {
     dial: Dial,
     outcomes: UnboundedSender<(FlowId, Outcome)>,
     health: Arc<Health>,
+    peers: Peers,
     counters: Arc<Counters>,
 }
 
@@ -149,6 +153,7 @@ impl<Q: Queue> Shard<Q> {
             dial: parts.dial,
             outcomes: parts.outcomes,
             health: parts.health,
+            peers: parts.peers,
             counters: parts.counters,
         })
     }
@@ -196,9 +201,8 @@ impl<Q: Queue> Shard<Q> {
         let Some(id) = self.table.find(&segment.tuple) else {
             if segment.opens() {
                 self.open(now, segment);
-            } else if segment.flags & RST == 0 {
-                self.counters.unknown_flow.increment();
-                self.refuse(now, segment.packet, segment.tuple.is_v6());
+            } else {
+                self.unknown(now, segment, 0);
             }
             return;
         };
@@ -221,6 +225,31 @@ impl<Q: Queue> Shard<Q> {
                 self.open(now, segment);
             }
             Stage::Open(_) => self.ingress(now, id, segment),
+        }
+    }
+
+    /// A segment of no flow of this shard's. `asked` shards looked at it before.
+    fn unknown(&mut self, now: Instant, segment: &Segment<'_>, asked: usize) {
+        match self.peers.hand_over(segment.packet, asked) {
+            HandedOver::Yes => {}
+            HandedOver::Full => self.counters.drop_handover.increment(),
+            HandedOver::Nobody if segment.flags & RST != 0 => {}
+            HandedOver::Nobody => {
+                self.counters.unknown_flow.increment();
+                self.refuse(now, segment.packet, segment.tuple.is_v6());
+            }
+        }
+    }
+
+    /// Takes in a segment that another shard knows nothing of.
+    pub(crate) fn stray(&mut self, now: Instant, stray: &Stray) {
+        // It was checked when it came.
+        let Ok(Packet::Tcp(segment)) = parse::parse(&stray.packet, true) else { return };
+        if self.table.find(&segment.tuple).is_some() {
+            self.counters.segments_handed_over.increment();
+            self.segment(now, &segment);
+        } else {
+            self.unknown(now, &segment, stray.asked);
         }
     }
 

@@ -14,6 +14,7 @@ use tokio::sync::mpsc::{Receiver, Sender, UnboundedReceiver};
 use tokio::sync::oneshot;
 
 use super::core::{Outcome, Shard};
+use super::peers::Stray;
 use crate::device::{MAX_FRAME, Queue, is_lost};
 use crate::event::{Event, FlowInfo};
 use crate::sys::TunQueue;
@@ -39,6 +40,8 @@ pub(crate) struct Inputs {
     pub(crate) requests: Receiver<Request>,
     /// Outcomes of the shard's attempts.
     pub(crate) outcomes: UnboundedReceiver<(FlowId, Outcome)>,
+    /// Segments that other shards know nothing of.
+    pub(crate) strays: Receiver<Stray>,
     /// Who is told about the end of the device.
     pub(crate) events: Sender<Event>,
     /// Number of this shard, and of all.
@@ -78,7 +81,7 @@ pub(crate) async fn run(mut shard: Shard<TunQueue>, mut inputs: Inputs) {
 async fn turns(shard: &mut Shard<TunQueue>, inputs: &mut Inputs, clock: &Clock) -> End {
     let mut frame = vec![0; MAX_FRAME];
     let mut alarm = Alarm::new(clock);
-    let Inputs { queue, requests, outcomes, number, .. } = inputs;
+    let Inputs { queue, requests, outcomes, strays, number, .. } = inputs;
     let queue = &*queue;
     let mut gone = pin!(gone(queue));
     poll_fn(|context| {
@@ -103,6 +106,7 @@ async fn turns(shard: &mut Shard<TunQueue>, inputs: &mut Inputs, clock: &Clock) 
                 Err(error) => return Poll::Ready(End::DeviceLost(error)),
             }
             busy |= take_outcomes(shard, outcomes, context, now);
+            busy |= take_strays(shard, strays, context, now);
         }
         shard.turn(now);
         if let Some(error) = shard.sender.take_lost() {
@@ -174,6 +178,20 @@ fn take_outcomes(
     for _ in 0..BATCH {
         let Poll::Ready(Some((id, outcome))) = outcomes.poll_recv(context) else { return false };
         shard.connected(now, id, outcome);
+    }
+    true
+}
+
+/// Takes in a batch; true when there may be more.
+fn take_strays(
+    shard: &mut Shard<TunQueue>,
+    strays: &mut Receiver<Stray>,
+    context: &mut Context<'_>,
+    now: Instant,
+) -> bool {
+    for _ in 0..BATCH {
+        let Poll::Ready(Some(stray)) = strays.poll_recv(context) else { return false };
+        shard.stray(now, &stray);
     }
     true
 }

@@ -15,6 +15,7 @@ use crate::event::Event;
 use crate::health::Health;
 use crate::packet::parse::{ACK, SYN};
 use crate::shard::core::{Outcome, Parts, Shard};
+use crate::shard::peers::{Peers, Stray};
 use crate::table::FlowId;
 use crate::upstream::{ConnectError, Target};
 
@@ -28,6 +29,7 @@ pub(crate) struct Bench<Q = Double> {
     pub(crate) attempts: Attempts,
     pub(crate) outcomes: mpsc::UnboundedReceiver<(FlowId, Outcome)>,
     pub(crate) events: mpsc::Receiver<Event>,
+    pub(crate) strays: mpsc::Receiver<Stray>,
     pub(crate) counters: Arc<Counters>,
     pub(crate) now: Instant,
 }
@@ -40,11 +42,25 @@ impl Bench {
     pub(crate) fn framed(framing: Framing) -> Self {
         Self::wrapped(framing, LIMITS, |device| device)
     }
+
+    /// The shards of one engine.
+    pub(crate) fn shards(number: usize) -> Vec<Self> {
+        Peers::ring(number).into_iter().map(|ring| Self::made(Framing::Bare, LIMITS, |device| device, ring)).collect()
+    }
 }
 
 impl<Q: Queue> Bench<Q> {
     /// With what `wrap` puts around the device.
     pub(crate) fn wrapped(framing: Framing, limits: Limits, wrap: impl FnOnce(Double) -> Q) -> Self {
+        Self::made(framing, limits, wrap, Peers::ring(1).remove(0))
+    }
+
+    fn made(
+        framing: Framing,
+        limits: Limits,
+        wrap: impl FnOnce(Double) -> Q,
+        (peers, strays): (Peers, mpsc::Receiver<Stray>),
+    ) -> Self {
         let (device, attempts, counters) = (Double::default(), Attempts::default(), Arc::<Counters>::default());
         let (outcomes_in, outcomes) = mpsc::unbounded_channel();
         let (events_in, events) = mpsc::channel(1);
@@ -56,10 +72,11 @@ impl<Q: Queue> Bench<Q> {
             dial: attempts.dial(),
             outcomes: outcomes_in,
             health: Arc::new(Health::new(events_in)),
+            peers,
             counters: Arc::clone(&counters),
         };
         let now = Instant::from_secs(1);
-        Self { shard: Shard::new(parts, now).unwrap(), device, attempts, outcomes, events, counters, now }
+        Self { shard: Shard::new(parts, now).unwrap(), device, attempts, outcomes, events, strays, counters, now }
     }
 
     pub(crate) fn feed(&mut self, packet: &[u8]) {
@@ -73,6 +90,17 @@ impl<Q: Queue> Bench<Q> {
     pub(crate) fn later(&mut self, seconds: u64) {
         self.now += smoltcp::time::Duration::from_secs(seconds);
         self.turn();
+    }
+
+    /// Takes in what other shards handed over; the number of segments.
+    pub(crate) fn take_strays(&mut self) -> usize {
+        let mut number = 0;
+        while let Ok(stray) = self.strays.try_recv() {
+            self.shard.stray(self.now, &stray);
+            number += 1;
+        }
+        self.turn();
+        number
     }
 
     /// Hands the next outcome to the shard.

@@ -5,7 +5,7 @@
 
 use std::io::{self, Read, Write};
 use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream};
-use std::os::fd::{AsFd, FromRawFd, IntoRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, FromRawFd, IntoRawFd, OwnedFd};
 use std::process::Command;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -131,8 +131,22 @@ impl Lab {
 
     /// Starts an engine on several queues of a device.
     pub fn start_queues(&self, mtu: u16, queues: usize) -> Running {
-        self.launch(mtu, Limits::default(), move || {
-            (0..queues).map(|_| builder(mtu).offload(true).multi_queue(true).build_sync().unwrap()).collect()
+        self.start_queues_with(mtu, queues, Limits::default(), |_| {})
+    }
+
+    /// The same, after `look` at the queues.
+    pub fn start_queues_with(
+        &self,
+        mtu: u16,
+        queues: usize,
+        limits: Limits,
+        look: impl FnOnce(&[tun_rs::SyncDevice]) + Send + 'static,
+    ) -> Running {
+        self.launch(mtu, limits, move || {
+            let build = |_| builder(mtu).offload(true).multi_queue(true).build_sync().unwrap();
+            let queues: Vec<_> = (0..queues).map(build).collect();
+            look(&queues);
+            queues
         })
     }
 
@@ -234,6 +248,35 @@ fn inside<T: Send + 'static>(ns: &str, f: impl FnOnce() -> T + Send + 'static) -
             .unwrap();
         f()
     })
+}
+
+/// Makes the kernel send every packet of the device to its first queue, as an administrator's BPF program may do.
+#[allow(unsafe_code, reason = "no crate for one call of bpf(2)")]
+pub fn steer_to_the_first_queue(queue: &OwnedFd) {
+    // mov r0, 0; exit
+    let program: [u64; 2] = [0xb7, 0x95];
+    #[repr(C)]
+    #[derive(Default)]
+    struct Load {
+        kind: u32,
+        count: u32,
+        program: u64,
+        licence: u64,
+        rest: [u64; 13],
+    }
+    let licence = c"MIT";
+    // BPF_PROG_TYPE_SOCKET_FILTER
+    let mut load = Load { kind: 1, count: 2, ..Load::default() };
+    (load.program, load.licence) = (program.as_ptr() as u64, licence.as_ptr() as u64);
+    // SAFETY: BPF_PROG_LOAD (5) reads the attributes, the program and the licence, which all outlive the call.
+    let made = unsafe { libc::syscall(libc::SYS_bpf, 5, &raw const load, size_of::<Load>()) };
+    assert!(made >= 0, "{}", io::Error::last_os_error());
+    // SAFETY: a descriptor that was just made and is nobody else's.
+    let made = unsafe { OwnedFd::from_raw_fd(made as i32) };
+    let number = made.as_raw_fd();
+    // SAFETY: TUNSETSTEERINGEBPF (linux/if_tun.h) reads one int; the device takes a reference of its own to the program.
+    let set = unsafe { libc::ioctl(queue.as_raw_fd(), 0x8004_54e0, &raw const number) };
+    assert_eq!(set, 0, "{}", io::Error::last_os_error());
 }
 
 #[allow(unsafe_code, reason = "tun-rs gives its descriptor away as a number only")]

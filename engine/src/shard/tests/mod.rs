@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used, clippy::panic, reason = "a failure here is the test's failure")]
 
 mod hostile;
+mod shards;
 
 use std::time::Duration;
 
