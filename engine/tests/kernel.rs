@@ -11,33 +11,11 @@ use std::net::{Shutdown, SocketAddr, TcpStream};
 use std::os::fd::AsFd;
 use std::time::Duration;
 
-use lab::{Lab, V4, V6, connect, read_pattern, wait_until, write_pattern};
+use lab::{Lab, V4, V6, connect, echo, echo_through, read_pattern, wait_until, write_pattern};
 use proxyvpn_engine::config::Limits;
 use proxyvpn_engine::event::Event;
 
 const MIB: usize = 1024 * 1024;
-
-fn echo(mut stream: TcpStream) {
-    let mut chunk = vec![0; 256 * 1024];
-    while let Ok(n @ 1..) = stream.read(&mut chunk) {
-        if stream.write_all(&chunk[..n]).is_err() {
-            return;
-        }
-    }
-}
-
-/// `length` bytes there and back again, both ways at once, ended by half-close.
-fn echo_through(address: &'static str, length: usize) -> usize {
-    let stream = connect(address, 9000).unwrap();
-    let writer = stream.try_clone().unwrap();
-    let writing = std::thread::spawn(move || {
-        write_pattern(&writer, length).unwrap();
-        writer.shutdown(Shutdown::Write).unwrap();
-    });
-    let total = read_pattern(&stream).unwrap();
-    writing.join().unwrap();
-    total
-}
 
 #[test]
 #[ignore = "needs root and network namespaces; run by scripts/test-privileged.sh"]

@@ -3,8 +3,10 @@
 
 #![allow(unreachable_pub, dead_code, reason = "a module of each test program, not all of which use all of it")]
 
+mod peer;
+
 use std::io::{self, Read, Write};
-use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream};
+use std::net::{IpAddr, Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, IntoRawFd, OwnedFd};
 use std::process::Command;
 use std::sync::Arc;
@@ -293,6 +295,29 @@ pub fn connect(address: &str, port: u16) -> io::Result<TcpStream> {
     Ok(stream)
 }
 
+/// Sends back what comes until it ends.
+pub fn echo(mut stream: TcpStream) {
+    let mut chunk = vec![0; 256 * 1024];
+    while let Ok(n @ 1..) = stream.read(&mut chunk) {
+        if stream.write_all(&chunk[..n]).is_err() {
+            return;
+        }
+    }
+}
+
+/// `length` bytes there and back again, both ways at once, ended by half-close.
+pub fn echo_through(address: &'static str, length: usize) -> usize {
+    let stream = connect(address, 9000).unwrap();
+    let writer = stream.try_clone().unwrap();
+    let writing = std::thread::spawn(move || {
+        write_pattern(&writer, length).unwrap();
+        writer.shutdown(Shutdown::Write).unwrap();
+    });
+    let total = read_pattern(&stream).unwrap();
+    writing.join().unwrap();
+    total
+}
+
 /// Bytes that repeat only after a long time, so that lost, doubled or swapped ones show.
 pub struct Pattern(u64);
 
@@ -335,7 +360,7 @@ pub fn read_pattern(mut stream: &TcpStream) -> io::Result<usize> {
             }
         }
         pattern.fill(&mut expected);
-        assert_eq!(chunk[..filled], expected[..filled], "wrong bytes in the 64 KiB after {total}");
+        assert!(chunk[..filled] == expected[..filled], "wrong bytes in the 64 KiB after {total}");
         total += filled;
         if filled < CHUNK {
             return Ok(total);
