@@ -63,10 +63,14 @@ counters! {
     flows_refused_full: "flows-refused-full",
     /// SYNs answered with a RST because too many wait for the upstream.
     flows_refused_pending: "flows-refused-pending",
-    /// SYNs answered with a RST because this process could not open a socket.
+    /// SYNs answered with a RST because no local port towards the upstream was free.
+    flows_refused_no_port: "flows-refused-no-port",
+    /// SYNs answered with a RST because this process could not open a socket for another reason.
     flows_refused_no_socket: "flows-refused-no-socket",
     /// Attempts given up because the program no longer waits.
     flows_cancelled: "flows-cancelled",
+    /// Opened flows whose socket towards the upstream was closed by this side first: its port waits in TIME-WAIT.
+    flows_closed_first: "flows-closed-first",
     /// Opened flows that the program reset.
     flows_reset_by_program: "flows-reset-by-program",
     /// Opened flows that the upstream reset.

@@ -2,7 +2,7 @@
 
 use std::net::SocketAddr;
 
-use crate::upstream::ConnectError;
+use crate::upstream::{ConnectError, Shortage};
 
 /// Something that the controller must act on. Events are coalesced: a flood of failures is one event.
 #[derive(Debug)]
@@ -13,6 +13,8 @@ pub enum Event {
     UpstreamFailing(ConnectError),
     /// The upstream answers again after [`Event::UpstreamFailing`].
     UpstreamWorking,
+    /// Connections are refused because this machine has run out of something. Told about once a second while it lasts.
+    Shortage(Shortage),
     /// A shard ended unexpectedly; the engine is of no use any more.
     Failed(String),
 }

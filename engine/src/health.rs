@@ -1,21 +1,27 @@
-//! Tells the state of the upstream from the outcomes of attempts, whichever shard made them.
+//! Tells the state of the upstream, and what this machine lacks, from the outcomes of attempts, whichever shard made them.
 
-use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use std::time::{Duration, Instant};
 
 use tokio::sync::mpsc::Sender;
 
 use crate::event::Event;
-use crate::upstream::{ConnectError, Tunnel};
+use crate::upstream::{ConnectError, Shortage, Tunnel};
 
 /// Failures in a row before the upstream counts as failing. Told again at each multiple: who asked the upstream in between may
 /// have found it well.
 const THRESHOLD: u32 = 3;
+/// The same shortage is told again after so long.
+const REPEAT: Duration = Duration::from_secs(1);
 
 /// Failures in a row, and whether the controller knows. Never waits: with the channel full, the next outcome tells it.
 #[derive(Debug)]
 pub(crate) struct Health {
     failures: AtomicU32,
     told_failing: AtomicBool,
+    started: Instant,
+    /// Of each [`Shortage`], the milliseconds after `started` from which on it is told again.
+    tell_shortage_at: [AtomicU64; 2],
     events: Sender<Event>,
 }
 
@@ -29,11 +35,22 @@ enum Sign {
 impl Health {
     /// Tells through `events`.
     pub(crate) fn new(events: Sender<Event>) -> Self {
-        Self { failures: AtomicU32::new(0), told_failing: AtomicBool::new(false), events }
+        Self {
+            failures: AtomicU32::new(0),
+            told_failing: AtomicBool::new(false),
+            started: Instant::now(),
+            tell_shortage_at: Default::default(),
+            events,
+        }
     }
 
     /// Takes note of an outcome.
     pub(crate) fn record(&self, outcome: Result<&Tunnel, ConnectError>) {
+        if let Err(error) = &outcome
+            && let Some(shortage) = error.shortage()
+        {
+            self.lacking(shortage);
+        }
         let sign = match &outcome {
             Ok(_) => Sign::Good,
             Err(error) => sign(error),
@@ -53,6 +70,18 @@ impl Health {
         }
     }
 
+    fn lacking(&self, shortage: Shortage) {
+        let [ports, descriptors] = &self.tell_shortage_at;
+        let due = match shortage {
+            Shortage::Ports => ports,
+            Shortage::Descriptors => descriptors,
+        };
+        let now = millis(self.started.elapsed());
+        if now >= due.load(Ordering::Relaxed) && self.events.try_send(Event::Shortage(shortage)).is_ok() {
+            due.store(now + millis(REPEAT), Ordering::Relaxed);
+        }
+    }
+
     /// Tells that the upstream is `failing` or not, if that is news or to be told `again`.
     fn tell(&self, failing: bool, again: bool, event: Event) {
         let news = self.told_failing.swap(failing, Ordering::Relaxed) != failing;
@@ -62,6 +91,10 @@ impl Health {
             self.told_failing.store(!failing, Ordering::Relaxed);
         }
     }
+}
+
+fn millis(span: Duration) -> u64 {
+    u64::try_from(span.as_millis()).unwrap_or(u64::MAX)
 }
 
 /// Any answer about a destination shows that the upstream works; what never reached it shows nothing.
@@ -92,7 +125,13 @@ mod tests {
     fn told(events: &mut mpsc::Receiver<Event>) -> String {
         let mut text = String::new();
         while let Ok(event) = events.try_recv() {
-            text.push(if matches!(event, Event::UpstreamWorking) { 'w' } else { 'f' });
+            text.push(match event {
+                Event::UpstreamWorking => 'w',
+                Event::UpstreamFailing(_) => 'f',
+                Event::Shortage(Shortage::Ports) => 'p',
+                Event::Shortage(Shortage::Descriptors) => 'd',
+                _ => '?',
+            });
         }
         text
     }
@@ -113,6 +152,22 @@ mod tests {
         assert_eq!(told(&mut events), "w", "and only once that it works");
         health.record(failed());
         assert_eq!(told(&mut events), "", "counted from the last success");
+    }
+
+    #[test]
+    fn a_shortage_is_told_once_and_again_while_it_lasts() {
+        let (sender, mut events) = mpsc::channel(16);
+        let mut health = Health::new(sender);
+        let lacking = |code| {
+            Err(ConnectError::Local { upstream: "proxy".to_owned(), source: std::io::Error::from_raw_os_error(code) })
+        };
+        for code in [libc::EADDRNOTAVAIL, libc::EADDRNOTAVAIL, libc::EMFILE, libc::ENFILE, libc::EPERM] {
+            health.record(lacking(code));
+        }
+        assert_eq!(told(&mut events), "pd", "and nothing of the upstream");
+        health.started -= REPEAT;
+        health.record(lacking(libc::EADDRNOTAVAIL));
+        assert_eq!(told(&mut events), "p");
     }
 
     #[test]

@@ -54,6 +54,8 @@ pub(crate) struct Relay {
     upstream_finished: bool,
     /// The upstream was told that the program will send no more.
     upstream_told: bool,
+    /// The program finished before the upstream did.
+    pub(crate) closed_first: bool,
     /// The upstream's socket failed. The program gets what came before, then a RST.
     upstream_broken: bool,
     program_reset: bool,
@@ -111,6 +113,7 @@ impl Relay {
             early_taken: 0,
             upstream_finished: false,
             upstream_told: false,
+            closed_first: false,
             upstream_broken: false,
             program_reset: false,
             aborted: false,
@@ -272,6 +275,7 @@ impl Relay {
     fn pass_on_ends(&mut self, now: Instant) {
         if !self.upstream_told && !self.upstream_broken && self.connection.finished() {
             self.upstream_told = true;
+            self.closed_first = !self.upstream_finished;
             self.progress = now;
             // Fails only when the upstream is gone, which reading tells as well.
             let _ = rustix::net::shutdown(&self.upstream, Shutdown::Write);

@@ -82,7 +82,7 @@ def dies(lab):
     with lab.nothing_direct():
         transfer = lab.popen("app", "alice", "curl", "-sS", "--max-time", "60", "-o", "part", "http://web.lab.test/slow/1000000",
                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-        until(10, lambda: lab.alice("stat", "-c%s", "part", check=False).stdout.strip() not in ("", "0"), "the transfer did not begin")
+        until(10, lambda: lab.alice("test", "-s", "part", check=False).returncode == 0, "the transfer did not begin")
         lab.service("stop", "squid")
         try:
             start = time.monotonic()

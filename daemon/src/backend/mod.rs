@@ -4,6 +4,7 @@
 //! - [`inspect`]: plan, diagnosis, flows and counters, beside the states
 //! - `engine`: the engine while it runs, shared by the two
 //! - `upstream`: from a profile to a connector: look-up, password, the loop that a local proxy would make
+//! - `shortage`: what this machine runs out of
 //! - `network`: from a profile to a desired network
 //! - `caches`: flushing DNS caches
 //! - `checks`: the checks of the diagnosis
@@ -14,4 +15,5 @@ mod engine;
 pub mod inspect;
 mod network;
 pub mod proxy;
+mod shortage;
 mod upstream;

@@ -9,13 +9,15 @@ use proxyvpn_dbus::types::HealthItem;
 use proxyvpn_engine::Engine;
 use proxyvpn_engine::config::{Config, Limits};
 use proxyvpn_engine::event::Event;
-use proxyvpn_engine::upstream::Connector;
+use proxyvpn_engine::upstream::{ConnectError, Connector, Upstream};
 use tokio::sync::mpsc;
+use tokio::time::Instant;
 use zbus::Connection;
 
 use super::engine::EngineSlot;
 use super::inspect::ProxyInspector;
 use super::network::{self, texts};
+use super::shortage::Shortages;
 use super::{caches, upstream};
 use crate::machine::world::{Facts, Fault, Inspector, World};
 use crate::machine::{Failure, Phase, Request};
@@ -43,6 +45,7 @@ pub struct Proxy {
     connector: Option<Arc<Connector>>,
     /// The engine suspects the upstream; a probe will decide.
     suspicious: bool,
+    shortages: Shortages,
     /// Whether the firewall is in force, and whether it blocks.
     applied: bool,
 }
@@ -63,6 +66,7 @@ impl Proxy {
             resolvers: None,
             connector: None,
             suspicious: false,
+            shortages: Shortages::default(),
             applied: false,
         }
     }
@@ -110,6 +114,7 @@ impl Proxy {
             .map_err(|error| Failure::from_error(ReasonCode::EngineFailed, &error))?;
         self.engine.put(engine).await;
         self.events = Some(events);
+        self.shortages = Shortages::default();
         Ok(())
     }
 
@@ -126,6 +131,19 @@ impl Proxy {
     fn resolvers_now(&self) -> Option<Vec<IpAddr>> {
         let named = self.resolvers.as_ref()?.origin == Origin::Given;
         (!named).then(|| resolvers::find(&[], &resolvers::Paths::default()).addresses)
+    }
+
+    async fn ask_upstream(&self) -> Result<Result<(), ConnectError>, Failure> {
+        let connector = Connector { timeout: upstream::PROBE_TIMEOUT, ..(*self.connector()?).clone() };
+        Ok(connector.probe().await)
+    }
+
+    /// How many addresses the upstream has; each has a whole range of ports.
+    fn addresses(&self) -> usize {
+        match self.connector.as_ref().map(|connector| &connector.upstream) {
+            Some(Upstream::HttpConnect(proxy)) => proxy.addresses.len(),
+            Some(Upstream::Direct) | None => 1,
+        }
     }
 
     async fn stop_engine(&mut self) {
@@ -169,8 +187,7 @@ impl World for Proxy {
     }
 
     async fn probe(&mut self) -> Result<(), Failure> {
-        let connector = Connector { timeout: upstream::PROBE_TIMEOUT, ..(*self.connector()?).clone() };
-        connector.probe().await.map_err(|error| upstream::failure(&error))
+        self.ask_upstream().await?.map_err(|error| upstream::failure(&error))
     }
 
     async fn fault(&mut self) -> Fault {
@@ -178,14 +195,26 @@ impl World for Proxy {
             // One dead destination looks like a dead upstream, so the upstream is asked itself. The suspicion is kept in
             // `self`, because this future may be dropped half-way.
             if self.suspicious {
-                let answer = self.probe().await;
+                let answer = self.ask_upstream().await;
                 self.suspicious = false;
-                if let Err(failure) = answer {
-                    return Fault::Upstream(failure);
+                match answer {
+                    // The question did not leave this machine, so it says nothing about the upstream.
+                    Ok(Err(error)) if error.shortage().is_some() => {}
+                    Ok(Err(error)) => return Fault::Upstream(upstream::failure(&error)),
+                    Ok(Ok(())) => {}
+                    Err(failure) => return Fault::Upstream(failure),
                 }
             }
             let Some(events) = self.events.as_mut() else { return std::future::pending().await };
-            let failure = match events.recv().await {
+            let event = tokio::select! {
+                event = events.recv() => event,
+                () = self.shortages.over() => return Fault::Health,
+            };
+            let failure = match event {
+                Some(Event::Shortage(shortage)) if self.shortages.note(shortage, Instant::now()) => {
+                    return Fault::Health;
+                }
+                Some(Event::Shortage(_)) => continue,
                 Some(Event::UpstreamFailing(error)) => {
                     tracing::debug!("the engine suspects the upstream: {error}");
                     self.suspicious = true;
@@ -228,6 +257,7 @@ impl World for Proxy {
             );
             items.push(item("resolvers-changed", "warning", text));
         }
+        items.extend(self.shortages.items(&self.engine.counters(), self.addresses(), Instant::now()));
         match self.network().await {
             Ok(network) => match checked(network, &desired).await {
                 Ok(found) => {
@@ -302,7 +332,7 @@ fn fallback(name: &str, weaknesses: &[&str]) -> Option<HealthItem> {
     (name != "nftnl" && !weaknesses.is_empty()).then(|| item("firewall-fallback", "warning", text()))
 }
 
-fn item(code: impl Into<String>, severity: &str, text: impl Into<String>) -> HealthItem {
+pub(super) fn item(code: impl Into<String>, severity: &str, text: impl Into<String>) -> HealthItem {
     HealthItem { code: code.into(), severity: severity.to_owned(), text: text.into() }
 }
 

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use proxyvpn_dbus::ReasonCode;
 use proxyvpn_engine::secret::Secret;
-use proxyvpn_engine::upstream::{ConnectError, Connector, Credentials, HttpProxy, Upstream};
+use proxyvpn_engine::upstream::{ConnectError, Connector, Credentials, Exhausted, HttpProxy, Upstream};
 
 use crate::config::profile::{Profile, Scheme, UpstreamSpec};
 use crate::config::secret;
@@ -45,7 +45,8 @@ async fn http_proxy(request: &Request, resolvers: &[IpAddr], own: &[IpAddr]) -> 
     for address in &addresses {
         refuse_loop(*address, own, &request.profile).await?;
     }
-    Ok(HttpProxy { name: authority(spec), addresses, credentials: credentials(request).await? })
+    let credentials = credentials(request).await?;
+    Ok(HttpProxy { name: authority(spec), addresses, credentials, exhausted: Exhausted::default() })
 }
 
 /// `host:port` as the user wrote it.

@@ -80,6 +80,10 @@ impl Blocked {
                 Wake::Fault(Fault::Upstream(failure)) => {
                     context.because(failure.reason());
                 }
+                Wake::Fault(Fault::Health) => {
+                    let health = context.world.health().await;
+                    context.health(health);
+                }
                 Wake::Fault(Fault::UpstreamWorking) => return self.recovered(),
                 Wake::Fault(Fault::Broken(failure)) => {
                     self.failure = failure;

@@ -46,6 +46,10 @@ impl Connected {
                 fault = context.world.fault() => match fault {
                     Fault::Upstream(failure) => return Stage::Blocked(Blocked::waiting(self.request, failure)),
                     Fault::Broken(failure) => return Stage::Blocked(Blocked::rebuild(Some(self.request), failure, 0)),
+                    Fault::Health => {
+                        let health = context.world.health().await;
+                        context.health(health);
+                    }
                     Fault::UpstreamWorking => {}
                 },
                 _ = timer.tick() => {

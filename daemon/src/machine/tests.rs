@@ -61,6 +61,7 @@ struct Script {
     probe_hangs: AtomicBool,
     block_fails: AtomicU32,
     leftovers: Mutex<Vec<String>>,
+    health: Mutex<Vec<HealthItem>>,
 }
 
 impl Script {
@@ -130,7 +131,7 @@ impl World for Double {
     }
 
     async fn health(&mut self) -> Vec<HealthItem> {
-        Vec::new()
+        self.0.health.lock().unwrap().clone()
     }
 
     async fn tear_down(&mut self) -> Vec<String> {
@@ -432,6 +433,29 @@ fn what_could_not_be_undone_is_shown() {
         let health = rig.handle.view.borrow().health.clone();
         assert_eq!(health[0].code, "not-undone");
         assert!(health[0].text.contains("rescue"));
+    });
+}
+
+#[test]
+fn news_of_the_health_is_shown_at_once() {
+    run(async {
+        let mut rig = Rig::start(Script::default(), None, None);
+        rig.at_rest().await;
+        rig.connect().await.unwrap();
+        rig.until(State::Connected).await;
+        seen().await;
+        for state in [State::Connected, State::Blocked] {
+            if state == State::Blocked {
+                rig.script.probe_fails.store(u32::MAX, Ordering::SeqCst);
+                rig.script.fault(Fault::Upstream(failure()));
+                rig.until(state).await;
+            }
+            let item = HealthItem { code: state.as_str().to_owned(), severity: "info".to_owned(), text: String::new() };
+            *rig.script.health.lock().unwrap() = vec![item];
+            rig.script.fault(Fault::Health);
+            let shown = |view: &View| view.health.iter().any(|item| item.code == state.as_str());
+            tokio::time::timeout(Duration::from_millis(900), rig.handle.view.wait_for(shown)).await.unwrap().unwrap();
+        }
     });
 }
 

@@ -47,6 +47,8 @@ pub enum Fault {
     Upstream(Failure),
     /// The upstream answers again.
     UpstreamWorking,
+    /// [`World::health`] has something else to tell.
+    Health,
     /// The device or the engine is gone: it must be built anew.
     Broken(Failure),
 }

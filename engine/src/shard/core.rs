@@ -27,7 +27,7 @@ use crate::relay::{End, Pumped, Relay};
 use crate::sys::{Connection, Slab};
 use crate::table::{FlowId, Table};
 use crate::timer::{Armed, Timers};
-use crate::upstream::{ConnectError, Target, Tunnel};
+use crate::upstream::{ConnectError, Shortage, Target, Tunnel};
 
 /// Port-unreachable answers per second, and as many at once after a quiet time.
 const UNREACHABLE_RATE: u32 = 1000;
@@ -298,10 +298,14 @@ impl<Q: Queue> Shard<Q> {
         };
         let Stage::Pending(pending) = &mut flow.stage else { return };
         let (syn, tuple) = (std::mem::take(&mut pending.syn), flow.tuple);
-        let no_socket = matches!(outcome, Err(ConnectError::Local { .. }));
+        let counters = Arc::clone(&self.counters);
+        let refusals = match &outcome {
+            Err(error) if error.shortage() == Some(Shortage::Ports) => &counters.flows_refused_no_port,
+            Err(ConnectError::Local { .. }) => &counters.flows_refused_no_socket,
+            _ => &counters.flows_refused,
+        };
         let Some(tunnel) = self.record(now, outcome) else {
-            let counters = &self.counters;
-            if no_socket { &counters.flows_refused_no_socket } else { &counters.flows_refused }.increment();
+            refusals.increment();
             self.remove(id);
             self.refuse(now, &syn, tuple.is_v6());
             return;
@@ -418,6 +422,9 @@ impl<Q: Queue> Shard<Q> {
                 let (interface, mut port) = stack.port(&mut self.sender, None, relay.mss);
                 match relay.pump(now, interface, &mut port, &self.counters) {
                     Pumped::Over(end) => {
+                        if end == End::Finished && relay.closed_first {
+                            self.counters.flows_closed_first.increment();
+                        }
                         self.count_end(end);
                         self.remove(id);
                     }

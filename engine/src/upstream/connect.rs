@@ -79,7 +79,7 @@ impl Connector {
         deadline: Instant,
     ) -> Result<TcpStream, ConnectError> {
         let upstream = proxy.name.clone();
-        match timeout_at(deadline, socket::race(addresses, self.mark)).await {
+        match timeout_at(deadline, socket::race(addresses, self.mark, &proxy.exhausted)).await {
             Ok(Ok(stream)) => Ok(stream),
             Ok(Err(OpenError::Local(source))) => Err(ConnectError::Local { upstream, source }),
             Ok(Err(OpenError::Remote(source))) => Err(ConnectError::Unreachable { upstream, source }),

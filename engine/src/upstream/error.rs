@@ -95,6 +95,15 @@ pub enum ConnectError {
     },
 }
 
+/// What this machine has run out of.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Shortage {
+    /// Local ports towards the upstream (`EADDRNOTAVAIL`).
+    Ports,
+    /// File descriptors, of the process or of the system (`EMFILE`, `ENFILE`).
+    Descriptors,
+}
+
 /// What a 407 or 401 complains about.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum AuthenticationFault {
@@ -124,6 +133,24 @@ impl ConnectError {
             Self::Refused { status, .. } | Self::Destination { status, .. } => no_connect(*status) || *status == 511,
             Self::Local { .. } | Self::Direct { .. } | Self::Forbidden(_) | Self::Name { .. } => false,
         }
+    }
+
+    /// What this machine lacked, if that was the reason.
+    #[must_use]
+    pub fn shortage(&self) -> Option<Shortage> {
+        match self {
+            Self::Local { source, .. } => shortage(source),
+            _ => None,
+        }
+    }
+}
+
+/// What `error` of socket(2) or connect(2) says that this machine lacks.
+pub(super) fn shortage(error: &io::Error) -> Option<Shortage> {
+    match error.raw_os_error() {
+        Some(libc::EADDRNOTAVAIL) => Some(Shortage::Ports),
+        Some(libc::EMFILE | libc::ENFILE) => Some(Shortage::Descriptors),
+        _ => None,
     }
 }
 
@@ -155,10 +182,12 @@ fn advice(status: u16) -> &'static str {
 
 /// What the administrator can do about a socket that could not be had.
 fn remedy(error: &io::Error) -> &'static str {
-    match error.raw_os_error() {
-        Some(libc::EMFILE | libc::ENFILE) => "raise LimitNOFILE of the service",
-        Some(libc::EADDRNOTAVAIL) => "widen net.ipv4.ip_local_port_range, or give the proxy more addresses",
-        Some(libc::EPERM | libc::EACCES) => {
+    match (shortage(error), error.raw_os_error()) {
+        (Some(Shortage::Descriptors), _) => "raise LimitNOFILE of the service",
+        (Some(Shortage::Ports), _) => {
+            "no port is free: set net.ipv4.tcp_tw_reuse=1, widen net.ipv4.ip_local_port_range, or give the proxy more addresses"
+        }
+        (None, Some(libc::EPERM | libc::EACCES)) => {
             "the service needs CAP_NET_ADMIN, and no firewall or route of this machine may forbid the connection"
         }
         _ => "the system log may say more",

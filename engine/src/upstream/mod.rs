@@ -4,13 +4,15 @@
 //! - `connect`: [`Connector::connect`]
 //! - `probe`: [`Connector::probe`]
 //! - `credentials`: a user name and password that Basic authentication can carry
-//! - `error`: [`ConnectError`]
+//! - `error`: [`ConnectError`], [`Shortage`]
+//! - `exhausted`: addresses for which no port is left
 //! - `http`: request and answer of CONNECT as bytes, no I/O
 //! - `socket`: sockets and their options, racing several addresses
 
 mod connect;
 mod credentials;
 mod error;
+mod exhausted;
 mod http;
 mod probe;
 mod socket;
@@ -23,7 +25,8 @@ use std::time::Duration;
 use tokio::net::TcpStream;
 
 pub use credentials::{Credentials, CredentialsError};
-pub use error::{AuthenticationFault, ConnectError};
+pub use error::{AuthenticationFault, ConnectError, Shortage};
+pub use exhausted::Exhausted;
 pub(crate) use socket::keep_alive;
 
 /// What carries the connections.
@@ -44,6 +47,8 @@ pub struct HttpProxy {
     pub addresses: Vec<SocketAddr>,
     /// User name and password for Basic authentication.
     pub credentials: Option<Credentials>,
+    /// Which of the addresses are not worth a try just now.
+    pub exhausted: Exhausted,
 }
 
 /// Where a connection is to end.

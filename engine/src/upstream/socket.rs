@@ -2,11 +2,13 @@
 
 use std::io;
 use std::net::SocketAddr;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use socket2::{Domain, Protocol, SockRef, Socket, TcpKeepalive, Type};
 use tokio::net::{TcpSocket, TcpStream};
 use tokio::task::JoinSet;
+
+use super::{Exhausted, error};
 
 /// How long an attempt has the field for itself (RFC 8305 section 5).
 const STAGGER: Duration = Duration::from_millis(250);
@@ -29,17 +31,36 @@ pub(super) async fn open(address: SocketAddr, mark: Option<u32>) -> Result<TcpSt
     TcpSocket::from_std_stream(socket.into()).connect(address).await.map_err(classify)
 }
 
+/// Connects to `address` unless no port is left for it.
+async fn attempt(address: SocketAddr, mark: Option<u32>, exhausted: &Exhausted) -> Result<TcpStream, OpenError> {
+    if exhausted.holds(address, Instant::now()) {
+        return Err(OpenError::Local(io::Error::from_raw_os_error(libc::EADDRNOTAVAIL)));
+    }
+    let outcome = open(address, mark).await;
+    if let Err(OpenError::Local(error)) = &outcome
+        && error.raw_os_error() == Some(libc::EADDRNOTAVAIL)
+    {
+        exhausted.note(address, Instant::now());
+    }
+    outcome
+}
+
 /// Connects to the first of `addresses` that answers. Each starts [`STAGGER`] after the one before, or when that failed.
-pub(super) async fn race(addresses: &[SocketAddr], mark: Option<u32>) -> Result<TcpStream, OpenError> {
+pub(super) async fn race(
+    addresses: &[SocketAddr],
+    mark: Option<u32>,
+    exhausted: &Exhausted,
+) -> Result<TcpStream, OpenError> {
     if let [only] = addresses {
-        return open(*only, mark).await;
+        return attempt(*only, mark, exhausted).await;
     }
     let mut waiting = addresses.iter().take(MOST_ADDRESSES).copied();
     let mut running = JoinSet::new();
     let (mut remote, mut local) = (None, None);
     loop {
         if let Some(address) = waiting.next() {
-            running.spawn(open(address, mark));
+            let exhausted = exhausted.clone();
+            running.spawn(async move { attempt(address, mark, &exhausted).await });
         }
         let done = tokio::select! {
             done = running.join_next() => done,
@@ -53,8 +74,10 @@ pub(super) async fn race(addresses: &[SocketAddr], mark: Option<u32>) -> Result<
             None => break,
         }
     }
-    // A family that this machine lacks must not hide what the other family met.
     Err(match (remote, local) {
+        // Not every address could be tried, and that is what can be mended here.
+        (_, Some(error)) if error::shortage(&error).is_some() => OpenError::Local(error),
+        // A family that this machine lacks must not hide what the other family met.
         (Some(error), _) => OpenError::Remote(error),
         (None, Some(error)) => OpenError::Local(error),
         (None, None) => OpenError::Remote(io::Error::new(io::ErrorKind::AddrNotAvailable, "it has no address")),

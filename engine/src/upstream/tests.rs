@@ -68,6 +68,7 @@ fn through(addresses: &[SocketAddr], credentials: Option<(&str, &str)>) -> Conne
             addresses: addresses.to_vec(),
             credentials: credentials
                 .map(|(user, password)| Credentials::new(user.into(), Secret::new(password.into())).unwrap()),
+            exhausted: Exhausted::default(),
         }),
         mark: None,
         timeout: BOUND,
