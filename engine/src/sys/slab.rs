@@ -64,7 +64,7 @@ impl Slab {
     #[cfg(test)]
     pub(crate) fn taken(&self) -> usize {
         let free = self.0.free.borrow();
-        free.fresh - free.returned.len()
+        free.fresh - free.returned.len() - free.warm.len()
     }
 
     /// Takes a zeroed block, or `None` when all are out.
