@@ -121,7 +121,8 @@ class Goal:
         floor = median(floors) if floors else None
         why = None
         if value is None:
-            why = missing.get("") or next((missing[name] for name in ("proxyvpn", self.against) if name in missing), "not measured")
+            reasons = (missing.get(name) for name in ("", "proxyvpn", self.against))
+            why = next(filter(None, reasons), "no repetition has its figures")
         return {
             "name": self.name, "value": value, "limit": self.limit, "met": self.met(value), "why": why, "relation": self.relation,
             "floor": floor, "floor_met": self.met(floor), "min": min(values, default=None), "max": max(values, default=None), "n": len(values),
@@ -164,7 +165,7 @@ def judge(runs, skipped, titles, crowd):
         elif name not in runs:
             missing[name] = f"{title} was not asked for"
     few = skipped.get("10,000 idle connections", "")
-    many = "" if crowd == 50_000 else skipped.get("50,000 idle connections", "not measured")
+    many = "" if crowd == 50_000 else skipped.get("50,000 idle connections", "they were not opened")
     reasons = {"idle": few, "crowd": many}
     return [goal.judge(runs, {**missing, "": reasons.get(goal.figure.split("_")[0], "")}) for goal in goals()]
 
