@@ -30,8 +30,8 @@ for name in sys.argv[1:]:
 PY
 }
 check "python files parse" python_files
-bench_compiles() { local file; for file in bench/*.c; do cc -std=gnu11 -O2 -Wall -Wextra -Werror -fsyntax-only "$file" || return 1; done; }
-check "the bench's C files compile without warnings" bench_compiles
+c_compiles() { local file; for file in bench/*.c tests/e2e/*.c; do cc -std=gnu11 -O2 -Wall -Wextra -Werror -fsyntax-only "$file" || return 1; done; }
+check "C files compile without warnings" c_compiles
 bench_tests() {
   local dir status; dir=$(mktemp -d); chmod 755 "$dir"
   # shellcheck source=scripts/bench-common.sh

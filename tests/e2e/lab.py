@@ -246,6 +246,27 @@ def faulty(lab, mode, port):
         yield f"http://{PROXY}:{port}"
 
 
+@contextlib.contextmanager
+def settings(lab, **values):
+    """Kernel parameters of the machine under test, below net.ipv4."""
+    before = {name: lab.app("sysctl", "-n", f"net.ipv4.{name}").stdout.strip() for name in values}
+    try:
+        for name, value in values.items():
+            lab.app("sysctl", "-qw", f"net.ipv4.{name}={value}")
+        yield
+    finally:
+        for name, value in before.items():
+            lab.app("sysctl", "-qw", f"net.ipv4.{name}={value}")
+
+
+@contextlib.contextmanager
+def tunnel_proxy(lab, port, address="0.0.0.0"):
+    """A proxy that passes half-closes on, so that who closes first is who closed first."""
+    with lab.background("net", None, PYTHON, "-u", f"{ROOT}/tests/e2e/proxy.py", address, str(port), "tunnel", stderr=subprocess.DEVNULL):
+        until(5, lambda: f":{port} " in lab.net("ss", "-Htln").stdout, "the test proxy does not listen")
+        yield f"http://{PROXY}:{port}"
+
+
 def fails_clean(lab, *args, words, code=FAILURE, look=True, **options):
     """The connection is refused with these words, and the network has not changed."""
     before = lab.state()

@@ -1,12 +1,9 @@
 """Running out of ports and descriptors: refused at once, told with the remedy, and over when the remedy is applied."""
 
-import contextlib
 import json
-import subprocess
 
-from lab import PROXY, PYTHON, WEB, expect, test, until
+from lab import PROXY, PYTHON, WEB, expect, settings, test, tunnel_proxy, until
 
-HERE = __file__.rpartition("/")[0]
 SECOND = "198.51.100.53"
 
 # Short connections one after the other, so many per second, which this side closes first. Their own ports are from outside the range
@@ -41,27 +38,6 @@ print(json.dumps([got, slowest]))
 
 def connections(lab, count, rate, port):
     return json.loads(lab.alice(PYTHON, "-c", CONNECTIONS, WEB, str(count), str(rate), str(port), timeout=50).stdout)
-
-
-@contextlib.contextmanager
-def settings(lab, **values):
-    """Kernel parameters of the machine under test, below net.ipv4."""
-    before = {name: lab.app("sysctl", "-n", f"net.ipv4.{name}").stdout.strip() for name in values}
-    try:
-        for name, value in values.items():
-            lab.app("sysctl", "-qw", f"net.ipv4.{name}={value}")
-        yield
-    finally:
-        for name, value in before.items():
-            lab.app("sysctl", "-qw", f"net.ipv4.{name}={value}")
-
-
-@contextlib.contextmanager
-def tunnel_proxy(lab, port, address="0.0.0.0"):
-    """A proxy that passes half-closes on, so that who closes first is who closed first."""
-    with lab.background("net", None, PYTHON, "-u", f"{HERE}/proxy.py", address, str(port), "tunnel", stderr=subprocess.DEVNULL):
-        until(5, lambda: f":{port} " in lab.net("ss", "-Htln").stdout, "the test proxy does not listen")
-        yield f"http://{PROXY}:{port}"
 
 
 def health(lab, code):
