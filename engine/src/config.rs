@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use crate::owner::Owners;
 use crate::upstream::Connector;
 
 /// Settings of an [`Engine`](crate::Engine).
@@ -13,14 +14,17 @@ pub struct Config {
     pub limits: Limits,
     /// The way out.
     pub connector: Arc<Connector>,
+    /// Tells whose a connection is, so that what is scarce is shared between users; without it, between hosts.
+    pub owners: Option<Arc<dyn Owners>>,
 }
 
-/// Bounds; what goes over one is refused with a RST and counted.
+/// Bounds of all shards together; what goes over one is refused with a RST and counted. Once more than half of `flows` or `pending` is in
+/// use, a user or host gets more only while it has less than what is still free, so one alone reaches three quarters.
 #[derive(Debug, Clone, Copy)]
 pub struct Limits {
-    /// Established flows, all shards together.
+    /// Flows, from the SYN to the end.
     pub flows: usize,
-    /// Flows whose upstream has not answered yet, all shards together.
+    /// Flows whose upstream has not answered yet.
     pub pending: usize,
     /// Bytes of each of a flow's two rings.
     pub ring: usize,
@@ -28,6 +32,6 @@ pub struct Limits {
 
 impl Default for Limits {
     fn default() -> Self {
-        Self { flows: 65_536, pending: 4_096, ring: 256 * 1024 }
+        Self { flows: 98_304, pending: 4_096, ring: 256 * 1024 }
     }
 }

@@ -63,6 +63,8 @@ counters! {
     flows_refused_full: "flows-refused-full",
     /// SYNs answered with a RST because too many wait for the upstream.
     flows_refused_pending: "flows-refused-pending",
+    /// SYNs answered with a RST because one of the two bounds is more than half used and who asks has the share that is left.
+    flows_refused_fair: "flows-refused-fair",
     /// SYNs answered with a RST because no local port towards the upstream was free.
     flows_refused_no_port: "flows-refused-no-port",
     /// SYNs answered with a RST because this process could not open a socket for another reason.

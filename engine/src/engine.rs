@@ -18,6 +18,8 @@ use crate::counters::Counters;
 use crate::device::{Framing, Sender};
 use crate::event::{Event, FlowInfo};
 use crate::health::Health;
+use crate::owner::Owners;
+use crate::shard::admission::{Admission, Totals};
 use crate::shard::core::{Dial, Parts, Shard};
 use crate::shard::peers::{Peers, Stray};
 use crate::shard::run::{Inputs, Request, run};
@@ -96,11 +98,7 @@ impl Engine {
             return Err(StartError::Mtu(config.mtu));
         }
         let count = queues.len();
-        let limits = Limits {
-            flows: config.limits.flows.div_ceil(count).max(1),
-            pending: config.limits.pending.div_ceil(count).max(1),
-            ring: config.limits.ring,
-        };
+        let totals = Arc::new(Totals::new(config.limits));
         let health = Arc::new(Health::new(events.clone()));
         let mut shards = Vec::with_capacity(count);
         for (number, (queue, (peers, strays))) in queues.into_iter().zip(Peers::ring(count)).enumerate() {
@@ -109,7 +107,9 @@ impl Engine {
                 peers,
                 strays,
                 mtu: config.mtu,
-                limits,
+                limits: config.limits,
+                totals: Arc::clone(&totals),
+                owners: config.owners.clone(),
                 dial: Arc::clone(&dial),
                 health: Arc::clone(&health),
                 events: events.clone(),
@@ -163,6 +163,8 @@ struct Setup {
     strays: mpsc::Receiver<Stray>,
     mtu: u16,
     limits: Limits,
+    totals: Arc<Totals>,
+    owners: Option<Arc<dyn Owners>>,
     dial: Dial,
     health: Arc<Health>,
     events: mpsc::Sender<Event>,
@@ -224,6 +226,7 @@ impl Setup {
             sender,
             mtu: self.mtu,
             limits: self.limits,
+            admission: Admission::new(self.totals, self.owners.map(|owners| owners.lookup())),
             // The hash of anything under a fresh random key.
             seeds: [RandomState::new().hash_one(4), RandomState::new().hash_one(6)],
             dial: self.dial,

@@ -8,6 +8,7 @@ use tokio::task::AbortHandle;
 
 use crate::packet::parse::Tuple;
 use crate::relay::Relay;
+use crate::shard::admission::Place;
 use crate::timer::Armed;
 
 /// A flow.
@@ -23,6 +24,8 @@ pub(crate) struct Flow {
     pub(crate) dirty: bool,
     /// True while it is on the list of flows that wait for the device.
     pub(crate) stalled: bool,
+    /// Its place among all flows.
+    pub(crate) place: Place,
     /// How far it is.
     pub(crate) stage: Stage,
 }

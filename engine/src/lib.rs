@@ -5,6 +5,7 @@
 //! - [`Engine`]: start, counters, flows, stop
 //! - [`config`]: what the engine is told
 //! - [`event`]: what the engine tells: events, flows
+//! - [`owner`]: whom the engine asks whose a connection is
 //! - [`upstream`]: the way out: HTTP CONNECT or direct, marked sockets, probe
 //! - [`secret`]: a password that cannot be printed
 //!
@@ -18,6 +19,7 @@ mod engine;
 pub mod event;
 mod flow;
 mod health;
+pub mod owner;
 mod packet;
 mod relay;
 pub mod secret;

@@ -30,6 +30,7 @@ impl<F> Default for Table<F> {
 
 impl<F> Table<F> {
     /// Number of flows.
+    #[cfg(test)]
     pub(crate) fn len(&self) -> usize {
         self.slots.len() - self.free.len()
     }

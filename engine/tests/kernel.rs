@@ -9,7 +9,7 @@ use std::collections::HashMap;
 use std::io::{ErrorKind, Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpStream};
 use std::os::fd::AsFd;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use lab::{Lab, V4, V6, connect, echo, echo_through, read_pattern, wait_until, write_pattern};
 use proxyvpn_engine::config::Limits;
@@ -274,7 +274,8 @@ fn echo_once(address: &str) -> usize {
 fn from_port(address: &str, from: u16, to: u16) -> TcpStream {
     let to: SocketAddr = (address.parse::<std::net::IpAddr>().unwrap(), to).into();
     let any: std::net::IpAddr = if to.is_ipv6() { [0; 16].into() } else { [0; 4].into() };
-    for _ in 0..1000 {
+    let end = Instant::now() + Duration::from_secs(10);
+    while Instant::now() < end {
         let socket = socket2::Socket::new(socket2::Domain::for_address(to), socket2::Type::STREAM, None).unwrap();
         socket.set_reuse_address(true).unwrap();
         socket.bind(&SocketAddr::from((any, from)).into()).unwrap();

@@ -110,7 +110,8 @@ impl Proxy {
         let queues =
             self.network().await?.create_tunnel(&tunnel, queues).await.map_err(|error| network::failure(&error))?;
         let (sender, events) = mpsc::channel(EVENTS);
-        let engine = Engine::start(queues, Config { mtu, limits: self.limits, connector }, sender)
+        let config = Config { mtu, limits: self.limits, connector, owners: Some(Arc::new(net::SocketOwners)) };
+        let engine = Engine::start(queues, config, sender)
             .map_err(|error| Failure::from_error(ReasonCode::EngineFailed, &error))?;
         self.engine.put(engine).await;
         self.events = Some(events);

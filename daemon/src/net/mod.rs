@@ -10,6 +10,7 @@
 //! - `journal`: the record that changes are under way
 //! - `preflight`: checks that change nothing
 //! - [`Finding`]: whether what was applied is still there
+//! - [`SocketOwners`]: whose a connection of this machine is
 //! - [`sockets`]: TCP sockets of this machine
 //! - [`firewall`]: the nft table: a small value, compiled purely to rules, sent as one transaction
 
@@ -21,6 +22,7 @@ mod journal;
 mod kernel;
 mod network;
 mod observed;
+mod owners;
 mod plan;
 mod preflight;
 mod rtnl;
@@ -32,5 +34,6 @@ mod tun;
 pub use error::Error;
 pub use health::{Finding, Severity};
 pub use network::{CleanUp, Network};
+pub use owners::SocketOwners;
 pub use preflight::privilege;
 pub use step::{Action, Layer, Stage, Step};

@@ -5,6 +5,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, missing_docs, reason = "tests")]
 
 mod conflicts;
+mod fairness;
 mod steering;
 mod traces;
 mod world;

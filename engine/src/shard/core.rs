@@ -13,6 +13,7 @@ use smoltcp::time::Instant;
 use smoltcp::wire::HardwareAddress;
 use tokio::sync::mpsc::UnboundedSender;
 
+use super::admission::{Admission, Refused};
 use super::peers::{HandedOver, Peers, Stray};
 use super::ready::{FlowWaker, Ready};
 use crate::config::Limits;
@@ -56,8 +57,10 @@ pub(crate) struct Parts<Q> {
     pub(crate) sender: Sender<Q>,
     /// MTU of the device.
     pub(crate) mtu: u16,
-    /// This shard's share of the limits.
+    /// Bounds of the whole engine.
     pub(crate) limits: Limits,
+    /// Who may open a flow.
+    pub(crate) admission: Admission,
     /// What initial sequence numbers come from, for IPv4 and IPv6. They must not repeat between runs.
     pub(crate) seeds: [u64; 2],
     /// The way out.
@@ -78,7 +81,7 @@ pub(crate) struct Shard<Q> {
     pub(crate) sender: Sender<Q>,
     pub(super) ready: Arc<Ready>,
     table: Table<Flow>,
-    pending: usize,
+    admission: Admission,
     dirty: VecDeque<FlowId>,
     woken: Vec<FlowId>,
     /// Flows that could not send because the device would block.
@@ -90,7 +93,6 @@ pub(crate) struct Shard<Q> {
     nobody: SocketSet<'static>,
     unreachable: Bucket,
     log: Bucket,
-    limits: Limits,
     dial: Dial,
     outcomes: UnboundedSender<(FlowId, Outcome)>,
     health: Arc<Health>,
@@ -139,7 +141,7 @@ impl<Q: Queue> Shard<Q> {
             sender: parts.sender,
             ready: Arc::default(),
             table: Table::default(),
-            pending: 0,
+            admission: parts.admission,
             dirty: VecDeque::new(),
             woken: Vec::new(),
             stalled: Vec::new(),
@@ -149,7 +151,6 @@ impl<Q: Queue> Shard<Q> {
             nobody: SocketSet::new(Vec::new()),
             unreachable: Bucket::new(UNREACHABLE_RATE, now),
             log: Bucket::new(LOG_RATE, now),
-            limits: parts.limits,
             dial: parts.dial,
             outcomes: parts.outcomes,
             health: parts.health,
@@ -255,18 +256,14 @@ impl<Q: Queue> Shard<Q> {
 
     /// A program's first packet: asks the upstream, and answers when that has.
     fn open(&mut self, now: Instant, segment: &Segment<'_>) {
-        let full = if self.table.len() - self.pending >= self.limits.flows {
-            Some(&self.counters.flows_refused_full)
-        } else if self.pending >= self.limits.pending {
-            Some(&self.counters.flows_refused_pending)
-        } else {
-            None
+        let place = match self.admission.admit(&segment.tuple) {
+            Ok(place) => place,
+            Err(refused) => {
+                self.refused(refused).increment();
+                self.refuse(now, segment.packet, segment.tuple.is_v6());
+                return;
+            }
         };
-        if let Some(counter) = full {
-            counter.increment();
-            self.refuse(now, segment.packet, segment.tuple.is_v6());
-            return;
-        }
         let tuple = segment.tuple;
         let (dial, outcomes) = (Arc::clone(&self.dial), self.outcomes.clone());
         let id = self.table.insert(tuple, |id| {
@@ -283,11 +280,19 @@ impl<Q: Queue> Shard<Q> {
                 armed: Armed::default(),
                 dirty: false,
                 stalled: false,
+                place,
                 stage: Stage::Pending(pending),
             }
         });
-        self.pending += 1;
         self.arm(now, id);
+    }
+
+    fn refused(&self, reason: Refused) -> &crate::counters::Counter {
+        match reason {
+            Refused::Full => &self.counters.flows_refused_full,
+            Refused::Pending => &self.counters.flows_refused_pending,
+            Refused::Unfair => &self.counters.flows_refused_fair,
+        }
     }
 
     /// The upstream answered the attempt of `id`.
@@ -313,18 +318,17 @@ impl<Q: Queue> Shard<Q> {
         let syn = Segment { tuple, flags: SYN, packet: &syn, headers: syn.len() };
         let (address, port) = (tuple.destination.into(), tuple.destination_port);
         let listening = Connection::listen(&self.slab, address, port, syn.sequence(), timestamp);
-        let room = self.table.len() - self.pending < self.limits.flows;
-        let Some(connection) = listening.filter(|_| room) else {
+        let Some(connection) = listening else {
             self.counters.flows_refused_full.increment();
             self.remove(id);
             self.refuse(now, syn.packet, tuple.is_v6());
             return;
         };
-        self.pending -= 1;
         self.counters.flows_opened.increment();
         let waker = Arc::new(FlowWaker { flow: id, ready: Arc::clone(&self.ready) });
         let mss = syn.mss().unwrap_or(DEFAULT_MSS).max(MIN_MSS);
         if let Some(flow) = self.table.get_mut(id) {
+            flow.place.answered();
             flow.stage = Stage::Open(Box::new(Relay::new(connection, tunnel, mss, waker, now)));
         }
         self.ingress(now, id, &syn);
@@ -470,19 +474,18 @@ impl<Q: Queue> Shard<Q> {
 
     fn remove(&mut self, id: FlowId) {
         let Some(tuple) = self.table.get_mut(id).map(|flow| flow.tuple) else { return };
-        match self.table.remove(id, &tuple).map(|flow| flow.stage) {
-            Some(Stage::Pending(_)) => self.pending -= 1,
-            Some(Stage::Open(_)) => self.counters.flows_closed.increment(),
-            None => {}
+        if let Some(Stage::Open(_)) = self.table.remove(id, &tuple).map(|flow| flow.stage) {
+            self.counters.flows_closed.increment();
         }
     }
 
-    /// What a shard without flows must not hold: flows, waiting ones, entries of lists, of timers, blocks of rings, frames.
+    /// What a shard without flows must not hold: flows, their places, waiting ones, entries of lists, of timers, blocks of rings, frames.
     #[cfg(test)]
-    pub(crate) fn held(&self) -> [usize; 6] {
+    pub(crate) fn held(&self) -> [usize; 7] {
         let lists = self.dirty.len() + self.stalled.len();
         let (timers, blocks) = (self.timers.len(), self.slab.taken());
-        [self.table.len(), self.pending, lists, timers, blocks, usize::from(self.sender.is_blocked())]
+        let (places, pending) = self.admission.in_use();
+        [self.table.len(), places, pending, lists, timers, blocks, usize::from(self.sender.is_blocked())]
     }
 
     /// Ends every flow with a RST to both sides.

@@ -13,14 +13,16 @@ use crate::counters::Counters;
 use crate::device::{Framing, Queue, Sender};
 use crate::event::Event;
 use crate::health::Health;
+use crate::owner::Lookup;
 use crate::packet::parse::{ACK, SYN};
+use crate::shard::admission::{Admission, Totals};
 use crate::shard::core::{Outcome, Parts, Shard};
 use crate::shard::peers::{Peers, Stray};
 use crate::table::FlowId;
 use crate::upstream::{ConnectError, Target};
 
 /// Few flows, small rings.
-pub(crate) const LIMITS: Limits = Limits { flows: 4, pending: 8, ring: 64 * 1024 };
+pub(crate) const LIMITS: Limits = Limits { flows: 16, pending: 8, ring: 64 * 1024 };
 
 /// A shard that is fed by hand. Its device is a [`Double`], maybe behind wrappers.
 pub(crate) struct Bench<Q = Double> {
@@ -45,19 +47,30 @@ impl Bench {
 
     /// The shards of one engine.
     pub(crate) fn shards(number: usize) -> Vec<Self> {
-        Peers::ring(number).into_iter().map(|ring| Self::made(Framing::Bare, LIMITS, |device| device, ring)).collect()
+        let totals = Arc::new(Totals::new(LIMITS));
+        let admission = || Admission::new(Arc::clone(&totals), None);
+        let made = |ring| Self::made(Framing::Bare, LIMITS, admission(), |device| device, ring);
+        Peers::ring(number).into_iter().map(made).collect()
+    }
+
+    /// With somebody who knows whose connections are.
+    pub(crate) fn with_owners(limits: Limits, lookup: impl Lookup + 'static) -> Self {
+        let admission = Admission::new(Arc::new(Totals::new(limits)), Some(Box::new(lookup)));
+        Self::made(Framing::Bare, limits, admission, |device| device, Peers::ring(1).remove(0))
     }
 }
 
 impl<Q: Queue> Bench<Q> {
     /// With what `wrap` puts around the device.
     pub(crate) fn wrapped(framing: Framing, limits: Limits, wrap: impl FnOnce(Double) -> Q) -> Self {
-        Self::made(framing, limits, wrap, Peers::ring(1).remove(0))
+        let admission = Admission::new(Arc::new(Totals::new(limits)), None);
+        Self::made(framing, limits, admission, wrap, Peers::ring(1).remove(0))
     }
 
     fn made(
         framing: Framing,
         limits: Limits,
+        admission: Admission,
         wrap: impl FnOnce(Double) -> Q,
         (peers, strays): (Peers, mpsc::Receiver<Stray>),
     ) -> Self {
@@ -68,6 +81,7 @@ impl<Q: Queue> Bench<Q> {
             sender: Sender::new(wrap(device.clone()), framing, Arc::clone(&counters)),
             mtu: 1500,
             limits,
+            admission,
             seeds: [1, 2],
             dial: attempts.dial(),
             outcomes: outcomes_in,

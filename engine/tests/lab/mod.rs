@@ -166,7 +166,7 @@ impl Lab {
                 timeout: Duration::from_secs(10),
                 refused: Vec::new(),
             };
-            let config = Config { mtu, limits, connector: Arc::new(connector) };
+            let config = Config { mtu, limits, connector: Arc::new(connector), owners: None };
             let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
             let (sender, events) = tokio::sync::mpsc::channel(8);
             let engine = Engine::start(queues, config, sender).unwrap();

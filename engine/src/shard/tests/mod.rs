@@ -2,6 +2,7 @@
 
 #![allow(clippy::unwrap_used, clippy::panic, reason = "a failure here is the test's failure")]
 
+mod bounds;
 mod hostile;
 mod shards;
 
@@ -14,7 +15,7 @@ use crate::device::Framing;
 use crate::event::Event;
 use crate::packet::parse::{ACK, FIN, RST, SYN};
 use crate::packet::vnet;
-use crate::testing::{Bench, LIMITS, Packets, tunnel};
+use crate::testing::{Bench, Packets, tunnel};
 use crate::upstream::{ConnectError, Target};
 
 fn v4() -> Packets {
@@ -111,39 +112,6 @@ async fn an_attempt_is_given_up_when_the_program_stops_asking() {
     bench.later(2);
     assert!(bench.flows().is_empty());
     tokio::time::timeout(Duration::from_secs(5), answer.closed()).await.unwrap();
-}
-
-#[tokio::test]
-async fn a_flood_of_syns_is_bounded_and_refused() {
-    let mut bench = Bench::new();
-    for port in 1..=100 {
-        bench.feed(&Packets { source_port: port, ..v4() }.syn(1));
-    }
-    tokio::task::yield_now().await;
-    assert_eq!(bench.attempts.len(), LIMITS.pending);
-    let sent = bench.device.take_tcp();
-    assert_eq!(sent.len(), 100 - LIMITS.pending);
-    assert!(sent.iter().all(|sent| sent.flags == RST | ACK));
-    assert_eq!(bench.counters.flows_refused_pending.get(), (100 - LIMITS.pending) as u64);
-}
-
-#[tokio::test]
-async fn accepted_attempts_beyond_the_limit_of_flows_are_refused() {
-    let mut bench = Bench::new();
-    for port in 1..=LIMITS.flows as u16 + 1 {
-        bench.feed(&Packets { source_port: port, ..v4() }.syn(1));
-    }
-    for _ in 0..LIMITS.flows {
-        bench.accept(b"").await;
-    }
-    let (_, answer) = bench.attempt().await;
-    answer.send(Ok(tunnel(b"").await.0)).unwrap();
-    bench.outcome().await;
-    assert_eq!(bench.one().flags, RST | ACK);
-    assert_eq!(bench.counters.flows_refused_full.get(), 1);
-    bench.feed(&Packets { source_port: 99, ..v4() }.syn(1));
-    assert_eq!(bench.one().flags, RST | ACK);
-    assert_eq!(bench.counters.flows_refused_full.get(), 2);
 }
 
 #[tokio::test]
