@@ -18,6 +18,9 @@ mod device;
 mod engine;
 pub mod event;
 mod flow;
+#[cfg(feature = "harness")]
+#[doc(hidden)]
+pub mod harness;
 mod health;
 pub mod owner;
 mod packet;
@@ -26,7 +29,7 @@ pub mod secret;
 mod shard;
 mod sys;
 mod table;
-#[cfg(test)]
+#[cfg(any(test, feature = "harness"))]
 mod testing;
 mod timer;
 pub mod upstream;

@@ -134,6 +134,10 @@ impl Relay {
         reset: bool,
     ) {
         let before = self.connection.state();
+        if reset && before == State::TimeWait {
+            // RFC 1337: a reset of what is over. The upstream may still have to take what the program sent.
+            return;
+        }
         self.connection.ingress(now, interface, device, data);
         let after = self.connection.state();
         self.progress = now;
@@ -143,8 +147,18 @@ impl Relay {
         }
     }
 
-    /// True when the program may use the 4-tuple for a new connection: this one needs no more packets of it.
-    pub(crate) fn has_left(&self) -> bool {
+    /// True when a SYN of number `sequence` begins a new connection on this 4-tuple: it is no repetition of this one's.
+    pub(crate) fn is_replaced_by(&self, sequence: u32) -> bool {
+        self.has_left() || !self.connection.was_opened_by(sequence)
+    }
+
+    /// The program's system has begun a new connection on this 4-tuple. If it still had this one, the end of that was lost.
+    pub(crate) fn replaced(&mut self) {
+        self.program_reset |= !self.has_left();
+    }
+
+    /// True when this connection needs no more packets of the program's.
+    fn has_left(&self) -> bool {
         matches!(self.connection.state(), State::TimeWait | State::Closed | State::Listen)
     }
 
@@ -328,6 +342,8 @@ impl Relay {
             State::Established | State::CloseWait if self.connection.send_queue() > 0 => UNACKNOWLEDGED,
             // As long as the system answers, every answer counts as progress.
             State::Established => KEEP_ALIVE * 3,
+            // The program is done, the upstream has yet to take the rest.
+            State::TimeWait | State::Closed if !self.upstream_told => UNACKNOWLEDGED,
             State::FinWait2 => FIN_WAIT,
             State::CloseWait => CLOSE_WAIT,
             _ => UNANSWERED,

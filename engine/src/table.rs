@@ -30,7 +30,7 @@ impl<F> Default for Table<F> {
 
 impl<F> Table<F> {
     /// Number of flows.
-    #[cfg(test)]
+    #[cfg(any(test, feature = "harness"))]
     pub(crate) fn len(&self) -> usize {
         self.slots.len() - self.free.len()
     }

@@ -19,7 +19,7 @@ pub(crate) struct Armed(Option<Instant>);
 
 impl Timers {
     /// Entries, stale ones too.
-    #[cfg(test)]
+    #[cfg(any(test, feature = "harness"))]
     pub(crate) fn len(&self) -> usize {
         self.heap.len()
     }

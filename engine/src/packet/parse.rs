@@ -80,6 +80,19 @@ impl Segment<'_> {
         number.map_or(0, |number| u32::from_be_bytes(*number))
     }
 
+    /// The same without FIN, and the FIN alone behind it; `None` when there is no FIN, or no data before it.
+    pub(crate) fn split_fin(&self) -> Option<[Box<[u8]>; 2]> {
+        let Data { sequence, length } = self.data();
+        if self.flags & (FIN | RST) != FIN || length == 0 {
+            return None;
+        }
+        let (mut data, mut fin) = (Box::<[u8]>::from(self.packet), self.without_payload());
+        let tcp = self.ip_header();
+        data[tcp + 13] &= !FIN;
+        fin[tcp + 4..tcp + 8].copy_from_slice(&sequence.wrapping_add(length as u32).to_be_bytes());
+        Some([data, fin])
+    }
+
     /// Where its data stands in the stream.
     pub(crate) fn data(&self) -> Data {
         Data { sequence: self.sequence(), length: self.packet.len() - self.headers }

@@ -105,7 +105,7 @@ impl Admission {
     }
 }
 
-#[cfg(test)]
+#[cfg(any(test, feature = "harness"))]
 impl Admission {
     /// Flows, and those that wait.
     pub(super) fn in_use(&self) -> (usize, usize) {

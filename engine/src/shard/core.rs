@@ -220,7 +220,8 @@ impl<Q: Queue> Shard<Q> {
                     self.remove(id);
                 }
             }
-            Stage::Open(relay) if segment.opens() && relay.has_left() => {
+            Stage::Open(relay) if segment.opens() && relay.is_replaced_by(segment.sequence()) => {
+                relay.replaced();
                 self.table.detach(&segment.tuple);
                 self.mark(id);
                 self.open(now, segment);
@@ -350,7 +351,20 @@ impl<Q: Queue> Shard<Q> {
         }
     }
 
+    /// Hands a segment to its flow. A FIN behind data goes alone, once all before it has come: smoltcp takes the FIN of a segment
+    /// whose end exceeds the window for the end of what it takes.
     fn ingress(&mut self, now: Instant, id: FlowId, segment: &Segment<'_>) {
+        let Some([data, fin]) = segment.split_fin() else { return self.hand_over(now, id, segment) };
+        self.hand_over(now, id, &Segment { packet: &data, ..*segment });
+        let fin = Segment { packet: &fin, ..*segment };
+        if let Some(Flow { stage: Stage::Open(relay), .. }) = self.table.get_mut(id)
+            && relay.connection.is_next(fin.sequence())
+        {
+            self.hand_over(now, id, &fin);
+        }
+    }
+
+    fn hand_over(&mut self, now: Instant, id: FlowId, segment: &Segment<'_>) {
         let Some(flow) = self.table.get_mut(id) else { return };
         if let Stage::Open(relay) = &mut flow.stage {
             let stack = if flow.tuple.is_v6() { &mut self.v6 } else { &mut self.v4 };
@@ -480,7 +494,7 @@ impl<Q: Queue> Shard<Q> {
     }
 
     /// What a shard without flows must not hold: flows, their places, waiting ones, entries of lists, of timers, blocks of rings, frames.
-    #[cfg(test)]
+    #[cfg(any(test, feature = "harness"))]
     pub(crate) fn held(&self) -> [usize; 7] {
         let lists = self.dirty.len() + self.stalled.len();
         let (timers, blocks) = (self.timers.len(), self.slab.taken());

@@ -76,6 +76,16 @@ impl Connection {
         self.taken_in = self.taken_in.saturating_add(self.receive_queue().saturating_sub(before));
     }
 
+    /// True when all bytes before `sequence`, and none behind, came in order.
+    pub(crate) fn is_next(&self, sequence: u32) -> bool {
+        self.first.wrapping_add(self.taken_in as u32) == sequence
+    }
+
+    /// True for the sequence number of the SYN that opened this.
+    pub(crate) fn was_opened_by(&self, sequence: u32) -> bool {
+        self.first == sequence.wrapping_add(1)
+    }
+
     /// Sends at most one packet; true when one was sent, so that there may be more.
     pub(crate) fn egress(&mut self, now: Instant, interface: &mut Interface, device: &mut impl Device) -> bool {
         interface.poll_egress(now, device, &mut self.set) == PollResult::SocketStateChanged

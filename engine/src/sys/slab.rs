@@ -61,7 +61,7 @@ impl Slab {
     }
 
     /// Blocks that are out.
-    #[cfg(test)]
+    #[cfg(any(test, feature = "harness"))]
     pub(crate) fn taken(&self) -> usize {
         let free = self.0.free.borrow();
         free.fresh - free.returned.len() - free.warm.len()

@@ -8,6 +8,7 @@ use smoltcp::wire::{
     TcpSeqNumber,
 };
 
+use crate::device::Framing;
 use crate::packet::checksum::Sum;
 use crate::packet::parse::{ACK, FIN, RST, SYN, Tuple};
 
@@ -17,11 +18,14 @@ pub(crate) struct Packets {
     pub(crate) source: IpAddr,
     pub(crate) destination: IpAddr,
     pub(crate) source_port: u16,
+    /// What every segment offers, in bytes.
+    pub(crate) window: u16,
 }
 
 impl Packets {
     pub(crate) fn new(source: &str, destination: &str) -> Self {
-        Self { source: source.parse().unwrap(), destination: destination.parse().unwrap(), source_port: 4000 }
+        let (source, destination) = (source.parse().unwrap(), destination.parse().unwrap());
+        Self { source, destination, source_port: 4000, window: 60_000 }
     }
 
     pub(crate) fn tuple(&self) -> Tuple {
@@ -52,7 +56,7 @@ impl Packets {
             control,
             seq_number: TcpSeqNumber(seq),
             ack_number: (flags & ACK != 0).then_some(TcpSeqNumber(ack)),
-            window_len: 60_000,
+            window_len: self.window,
             window_scale: None,
             max_seg_size: (flags & SYN != 0).then_some(1400),
             sack_permitted: false,
@@ -91,7 +95,7 @@ impl Packets {
 
 /// Corrects the checksum of an IPv4 header, as far as there is one.
 pub(crate) fn fix_header(packet: &mut [u8]) {
-    let length = packet.first().map_or(0, |byte| usize::from(byte & 15) * 4);
+    let length = packet.first().filter(|byte| **byte >> 4 == 4).map_or(0, |byte| usize::from(byte & 15) * 4);
     if length >= 20 && packet.len() >= length {
         packet[10..12].fill(0);
         let sum = Sum::default().add(&packet[..length]).checksum();
@@ -106,6 +110,7 @@ pub(crate) struct Sent {
     pub(crate) flags: u8,
     pub(crate) seq: i32,
     pub(crate) ack: i32,
+    pub(crate) window: u16,
     pub(crate) payload: Vec<u8>,
 }
 
@@ -129,6 +134,33 @@ pub(crate) fn read_tcp(packet: &[u8]) -> Sent {
         flags: flags.iter().filter(|(set, _)| *set).map(|(_, bit)| bit).sum(),
         seq: tcp.seq_number().0,
         ack: tcp.ack_number().0,
+        window: tcp.window_len(),
         payload: tcp.payload().to_vec(),
     }
+}
+
+/// What the kernel makes of a frame of ours: the packet, its checksum complete. A super-segment stays whole, after a look at
+/// how it is to be cut; `mss` is the largest payload that may go uncut.
+pub(crate) fn complete(framing: Framing, frame: &[u8], mss: usize) -> Result<Vec<u8>, String> {
+    let (header, packet) = frame.split_at(framing.prefix());
+    let mut packet = packet.to_vec();
+    let payload = || {
+        let ip_header = if packet[0] >> 4 == 6 { 40 } else { usize::from(packet[0] & 15) * 4 };
+        packet.len() - ip_header - usize::from(packet[ip_header + 12] >> 4) * 4
+    };
+    let short = |at: usize| usize::from(u16::from_ne_bytes([header[at], header[at + 1]]));
+    if header.is_empty() || header[0] & 1 == 0 {
+        let is_tcp = packet[if packet[0] >> 4 == 6 { 6 } else { 9 }] == 6;
+        let fits = !is_tcp || header.is_empty() && payload() <= mss;
+        return if fits { Ok(packet) } else { Err(format!("a frame without what it needs: {header:?}")) };
+    }
+    let (length, kind, size, start, at) = (payload(), header[1], short(4), short(6), short(6) + short(8));
+    let expected = if packet[0] >> 4 == 6 { 4 } else { 1 };
+    let cut = kind == expected && size > 0 && size <= mss && short(2) == packet.len() - length;
+    if !(kind == 0 && length <= mss || cut) {
+        return Err(format!("{length} bytes of payload under the header {header:?}"));
+    }
+    let sum = Sum::default().add(&packet[start..]).checksum();
+    packet[at..at + 2].copy_from_slice(&sum.to_be_bytes());
+    Ok(packet)
 }

@@ -8,25 +8,31 @@ use std::rc::Rc;
 use super::packets::{Sent, read_tcp};
 use crate::device::Queue;
 
-/// A device that keeps what is written.
+/// Both directions of a device. Clones are the same device.
 #[derive(Debug, Clone, Default)]
-pub(crate) struct Double(Rc<RefCell<DoubleState>>);
+pub(crate) struct Double(Rc<RefCell<State>>);
 
 #[derive(Debug, Default)]
-struct DoubleState {
+struct State {
+    coming: VecDeque<Vec<u8>>,
     written: VecDeque<Vec<u8>>,
     error: Option<i32>,
 }
 
 impl Double {
-    /// The oldest frame.
+    /// The oldest frame that was written.
     pub(crate) fn next(&self) -> Option<Vec<u8>> {
         self.0.borrow_mut().written.pop_front()
     }
 
-    /// Every frame, as TCP.
+    /// Every frame that was written, as TCP.
     pub(crate) fn take_tcp(&self) -> Vec<Sent> {
         self.0.borrow_mut().written.drain(..).map(|frame| read_tcp(&frame)).collect()
+    }
+
+    /// Lets `frame` be read.
+    pub(crate) fn put(&self, frame: Vec<u8>) {
+        self.0.borrow_mut().coming.push_back(frame);
     }
 
     /// What writing gives from now on.
@@ -36,8 +42,10 @@ impl Double {
 }
 
 impl Queue for Double {
-    fn read(&self, _: &mut [u8]) -> io::Result<usize> {
-        Err(io::ErrorKind::WouldBlock.into())
+    fn read(&self, frame: &mut [u8]) -> io::Result<usize> {
+        let coming = self.0.borrow_mut().coming.pop_front().ok_or(io::ErrorKind::WouldBlock)?;
+        frame[..coming.len()].copy_from_slice(&coming);
+        Ok(coming.len())
     }
 
     fn write(&self, frame: &[u8]) -> io::Result<()> {

@@ -13,6 +13,8 @@ mod connect;
 mod credentials;
 mod error;
 mod exhausted;
+#[cfg(feature = "harness")]
+pub(crate) mod harness;
 mod http;
 mod probe;
 mod socket;

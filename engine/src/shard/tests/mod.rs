@@ -3,7 +3,10 @@
 #![allow(clippy::unwrap_used, clippy::panic, reason = "a failure here is the test's failure")]
 
 mod bounds;
+mod ends;
 mod hostile;
+mod lossy;
+mod models;
 mod shards;
 
 use std::time::Duration;

@@ -1,0 +1,177 @@
+//! What each fuzz target does with its bytes. A broken promise is a panic.
+
+use std::net::IpAddr;
+
+use smoltcp::wire::{Icmpv4Packet, Icmpv6Packet, Ipv4Packet, Ipv6Packet, TcpPacket};
+use tokio::runtime::Runtime;
+use tokio::task::yield_now;
+
+use crate::config::Limits;
+use crate::device::{Framing, MAX_FRAME};
+use crate::packet::checksum::Sum;
+use crate::packet::icmp::port_unreachable;
+use crate::packet::parse::{self, Packet, Segment};
+use crate::testing::{Bench, Far, Script, complete, fix_header, pair, world};
+use crate::upstream::ConnectError;
+
+thread_local! {
+    static RUNTIME: Runtime = tokio::runtime::Builder::new_current_thread().enable_io().build().unwrap();
+}
+
+/// Frame, IP and TCP headers, checksums, ICMP answers.
+pub fn parse(bytes: &[u8]) {
+    let Some((choice, frame)) = bytes.split_first() else { return };
+    let framing = if choice & 1 == 0 { Framing::Bare } else { Framing::Vnet };
+    let Some((vouched_for, packet)) = framing.split(frame) else { return };
+    let mut packet = packet.to_vec();
+    if choice & 2 == 0 {
+        fix_header(&mut packet);
+    }
+    sums(&packet);
+    let vouched_for = vouched_for || choice & 4 == 0;
+    match parse::parse(&packet, vouched_for) {
+        Ok(Packet::Tcp(segment)) => {
+            assert!(packet.starts_with(segment.packet));
+            tcp(&segment);
+            segment.mss();
+            let mut kept = segment.without_payload().to_vec();
+            fix_header(&mut kept);
+            let Ok(Packet::Tcp(again)) = parse::parse(&kept, true) else { panic!("{kept:?} is no packet any more") };
+            assert_eq!((again.tuple, again.flags, again.packet), (segment.tuple, segment.flags, &kept[..]));
+        }
+        Ok(Packet::Udp { packet, source, destination }) => unreachable(packet, source, destination),
+        Err(_) => {}
+    }
+}
+
+/// The checksum against the definition (RFC 1071 section 1).
+fn sums(bytes: &[u8]) {
+    let mut sum = 0_u32;
+    for word in bytes.chunks(2) {
+        sum += u32::from(word[0]) << 8 | word.get(1).map_or(0, |low| u32::from(*low));
+        sum = (sum & 0xffff) + (sum >> 16);
+    }
+    let (left, right) = bytes.split_at(bytes.len() / 4 * 2);
+    assert_eq!(u32::from(Sum::default().add(left).add(right).folded()), sum);
+}
+
+/// smoltcp must be able to read what the engine hands it.
+fn tcp(segment: &Segment<'_>) {
+    let tuple = segment.tuple;
+    let (source, destination, payload): (IpAddr, IpAddr, _) = if tuple.is_v6() {
+        let ip = Ipv6Packet::new_checked(segment.packet).unwrap();
+        (ip.src_addr().into(), ip.dst_addr().into(), ip.payload())
+    } else {
+        let ip = Ipv4Packet::new_checked(segment.packet).unwrap();
+        (ip.src_addr().into(), ip.dst_addr().into(), ip.payload())
+    };
+    let tcp = TcpPacket::new_checked(payload).unwrap();
+    assert_eq!((source, destination), (tuple.source, tuple.destination));
+    assert_eq!((tcp.src_port(), tcp.dst_port()), (tuple.source_port, tuple.destination_port));
+    assert_eq!(segment.headers + tcp.payload().len(), segment.packet.len());
+}
+
+/// An answer to a datagram is a valid packet to where that came from.
+fn unreachable(packet: &[u8], source: IpAddr, destination: IpAddr) {
+    let answer = port_unreachable(packet, source, destination).unwrap();
+    let (to, quote) = if source.is_ipv6() {
+        let ip = Ipv6Packet::new_checked(&answer[..]).unwrap();
+        let icmp = Icmpv6Packet::new_checked(ip.payload()).unwrap();
+        assert!(icmp.verify_checksum(&ip.src_addr(), &ip.dst_addr()) && answer.len() <= 1280);
+        (IpAddr::from(ip.dst_addr()), &answer[48..])
+    } else {
+        let ip = Ipv4Packet::new_checked(&answer[..]).unwrap();
+        let icmp = Icmpv4Packet::new_checked(ip.payload()).unwrap();
+        assert!(ip.verify_checksum() && icmp.verify_checksum() && answer.len() <= 576);
+        (IpAddr::from(ip.dst_addr()), &answer[28..])
+    };
+    assert!(to == source && packet.starts_with(quote));
+}
+
+/// The answer to CONNECT, however it is cut.
+pub fn answer(bytes: &[u8]) {
+    let (pieces, bytes) = bytes.split_at(bytes.len().min(4));
+    crate::upstream::harness::answer(pieces, bytes);
+}
+
+/// Any frames, one after the other, into a shard whose upstream accepts or refuses.
+pub fn frames(bytes: &[u8]) {
+    const LIMITS: Limits = Limits { flows: 3, pending: 2, ring: 8192 };
+    RUNTIME.with(|runtime| {
+        runtime.block_on(async {
+            let mut script = Script::new(bytes);
+            let framing = if script.byte() & 1 == 0 { Framing::Bare } else { Framing::Vnet };
+            let mut bench = Bench::wrapped(framing, LIMITS, |device| device);
+            let mut fars = Vec::<Far>::new();
+            let (mut frames, mut short) = (0, 0);
+            while !script.is_over() {
+                let choice = script.byte();
+                let length = script.below(2000);
+                let mut frame = script.take(length).to_vec();
+                if choice & 1 == 0
+                    && let Some(packet) = frame.get_mut(framing.prefix()..)
+                {
+                    fix_header(packet);
+                }
+                frames += 1;
+                short += u64::from(frame.len() < framing.prefix());
+                bench.feed(&frame);
+                yield_now().await;
+                if let Some((_, attempt)) = bench.attempts.next() {
+                    let outcome = if choice & 2 == 0 {
+                        let (tunnel, far) = pair(choice, usize::from(choice), 4096);
+                        fars.push(far);
+                        Ok(tunnel)
+                    } else {
+                        Err(ConnectError::Forbidden([127, 0, 0, 1].into()))
+                    };
+                    // The attempt may have been given up.
+                    let _ = attempt.send(outcome);
+                    yield_now().await;
+                }
+                while let Ok((id, outcome)) = bench.outcomes.try_recv() {
+                    bench.shard.connected(bench.now, id, outcome);
+                }
+                match (choice >> 2 & 15, fars.last_mut()) {
+                    (0, _) => bench.now += smoltcp::time::Duration::from_millis(700),
+                    (1, Some(far)) => far.write(3000),
+                    (2, Some(far)) => far.finish(),
+                    (3, Some(far)) => far.close(),
+                    _ => {}
+                }
+                bench.turn();
+                written(&mut bench, framing);
+            }
+            drop(fars);
+            for _ in 0..1000 {
+                yield_now().await;
+                bench.turn();
+                written(&mut bench, framing);
+                if bench.shard.is_busy() {
+                    continue;
+                }
+                let Some(next) = bench.shard.next_deadline() else { break };
+                bench.now = next.max(bench.now);
+            }
+            assert_eq!((bench.shard.next_deadline(), bench.shard.held()), (None, [0; 7]));
+            assert_eq!(bench.counters.packets_in.get(), frames - short);
+        });
+    });
+}
+
+/// Whatever the shard writes can be taken.
+fn written(bench: &mut Bench, framing: Framing) {
+    while let Some(frame) = bench.device.next() {
+        assert!(frame.len() <= MAX_FRAME);
+        complete(framing, &frame, 1460).unwrap();
+    }
+}
+
+/// The whole loop among models: see [`world`].
+pub fn turns(bytes: &[u8]) {
+    RUNTIME.with(|runtime| {
+        if let Err(error) = runtime.block_on(world::run(bytes, "turns")) {
+            panic!("{error}");
+        }
+    });
+}
