@@ -7,7 +7,9 @@
 //! - `error`: [`ConnectError`], [`Shortage`]
 //! - `exhausted`: addresses for which no port is left
 //! - `http`: request and answer of CONNECT as bytes, no I/O
+//! - `ports`: a window of local ports for each socket
 //! - `socket`: sockets and their options, racing several addresses
+//! - `sys`: a socket option that no crate has
 
 mod connect;
 mod credentials;
@@ -16,8 +18,10 @@ mod exhausted;
 #[cfg(feature = "harness")]
 pub(crate) mod harness;
 mod http;
+mod ports;
 mod probe;
 mod socket;
+mod sys;
 #[cfg(test)]
 mod tests;
 

@@ -8,7 +8,7 @@ use socket2::{Domain, Protocol, SockRef, Socket, TcpKeepalive, Type};
 use tokio::net::{TcpSocket, TcpStream};
 use tokio::task::JoinSet;
 
-use super::{Exhausted, error};
+use super::{Exhausted, error, ports};
 
 /// How long an attempt has the field for itself (RFC 8305 section 5).
 const STAGGER: Duration = Duration::from_millis(250);
@@ -27,8 +27,20 @@ pub(super) enum OpenError {
 
 /// Connects to one address.
 pub(super) async fn open(address: SocketAddr, mark: Option<u32>) -> Result<TcpStream, OpenError> {
-    let socket = prepare(address, mark).map_err(OpenError::Local)?;
-    TcpSocket::from_std_stream(socket.into()).connect(address).await.map_err(classify)
+    let mut windows = ports::WINDOWS;
+    loop {
+        windows -= 1;
+        let socket = prepare(address, mark).map_err(OpenError::Local)?;
+        let limited = ports::limit(&socket);
+        match TcpSocket::from_std_stream(socket.into()).connect(address).await {
+            Err(error) if limited && is_port_shortage(&error) && windows > 0 => {}
+            outcome => return outcome.map_err(classify),
+        }
+    }
+}
+
+fn is_port_shortage(error: &io::Error) -> bool {
+    error.raw_os_error() == Some(libc::EADDRNOTAVAIL)
 }
 
 /// Connects to `address` unless no port is left for it.
@@ -38,7 +50,7 @@ async fn attempt(address: SocketAddr, mark: Option<u32>, exhausted: &Exhausted) 
     }
     let outcome = open(address, mark).await;
     if let Err(OpenError::Local(error)) = &outcome
-        && error.raw_os_error() == Some(libc::EADDRNOTAVAIL)
+        && is_port_shortage(error)
     {
         exhausted.note(address, Instant::now());
     }
@@ -138,6 +150,22 @@ mod tests {
             assert!(fcntl_getfl(&socket).unwrap().contains(OFlags::NONBLOCK));
             assert!(fcntl_getfd(&socket).unwrap().contains(FdFlags::CLOEXEC));
         }
+    }
+
+    #[tokio::test]
+    async fn ports_come_from_windows() {
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        if !ports::limit(&prepare(address, None).unwrap()) {
+            return;
+        }
+        let mut parities = [0, 0];
+        for _ in 0..64 {
+            let stream = open(address, None).await.unwrap();
+            parities[usize::from(stream.local_addr().unwrap().port() % 2)] += 1;
+        }
+        // Without a window connect(2) takes one parity only, as long as that has free ports.
+        assert!(parities.iter().all(|count| *count > 0), "{parities:?}");
     }
 
     #[tokio::test]
