@@ -33,6 +33,7 @@ status_is() { [ "$(alice proxyctl status --json | python3 -c 'import json,sys; p
 # packets of the machine to the web server's own addresses: what is tunnelled shows the proxy's address on the wire instead
 direct_packets() { lab_wire "src host ($LAB_APP4 or $LAB_APP6) and dst host ($LAB_WEB or $LAB_WEB6)" | wc -l; }
 
+say "    (the first run installs packages and builds, which takes some minutes)"
 scripts/setup.sh >/dev/null
 ok "this machine has what building and testing need (scripts/setup.sh)"
 build_release || fail "the build failed"

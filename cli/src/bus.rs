@@ -113,7 +113,10 @@ pub(crate) fn failure(error: Error) -> Failure {
         Failure::new(exit, if text.trim().is_empty() { otherwise.to_owned() } else { text })
     };
     match error {
-        Error::NotAuthorized(text) => told(Exit::NotAuthorised, text, "not authorised"),
+        Error::NotAuthorized(text) => told(Exit::NotAuthorised, text, "not authorised").advise(
+            "sudo proxyctl may do everything. An administrator can allow it to others: proxyvpn-group.rules, among the \
+             examples in /usr/share/doc/proxyvpn, is a rule for a group.",
+        ),
         Error::NoSuchProfile(text) => told(Exit::Failure, text, "there is no such profile")
             .advise("proxyctl profile list shows those that exist."),
         Error::InvalidProfile(text) => told(Exit::Failure, text, "the profile has an error"),

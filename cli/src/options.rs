@@ -106,8 +106,10 @@ impl Settings {
         }
         let mut names: Vec<String> = bus.profiles().await?.into_iter().map(|(name, _)| name).collect();
         match (names.pop(), names.is_empty()) {
-            (None, _) => Err(Failure::new(Exit::Usage, "there is no profile yet")
-                .advise("Give a --proxy-url, or import a profile: proxyctl profile import FILE")),
+            (None, _) => Err(Failure::new(Exit::Usage, "there is no profile yet").advise(
+                "Give a --proxy-url, or import a profile: proxyctl profile import FILE\n\
+                          One that is there and not listed has an error: proxyctl doctor NAME tells it.",
+            )),
             (Some(only), true) => Ok(only),
             (Some(last), false) => {
                 names.push(last);

@@ -67,7 +67,10 @@ async fn list(json: bool) -> Outcome {
         profiles.iter_mut().for_each(|profile| profile.text = None);
         text::json(&Output { version: 1, profiles })?;
     } else if profiles.is_empty() {
-        text::note("there is no profile yet; proxyctl profile import FILE makes one");
+        text::note(
+            "there is no profile yet, or none without an error; proxyctl profile import FILE makes one, proxyctl doctor NAME \
+             tells an error",
+        );
     } else {
         let row = |profile: Profile| {
             let autoconnect = if profile.autoconnect { "yes" } else { "no" }.to_owned();
@@ -87,7 +90,7 @@ async fn show(name: &str, json: bool) -> Outcome {
     }
     let bus = Bus::open().await?;
     let Some((name, map)) = bus.profiles().await?.into_iter().find(|(known, _)| known == name) else {
-        return Err(Failure::new(Exit::Failure, format!("there is no profile {name}"))
+        return Err(Failure::new(Exit::Failure, format!("there is no profile \"{name}\""))
             .advise("proxyctl profile list shows those that exist."));
     };
     let profile = Profile::new(name, map)?;

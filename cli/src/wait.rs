@@ -110,7 +110,8 @@ pub(crate) async fn drive(
                     }
                     Event::Other | Event::Vanished => {}
                 }
-                if matches!(shown.0.as_str(), "connecting" | "disconnecting") {
+                // A step without a phase is the end of one, which the result tells.
+                if matches!(shown.0.as_str(), "connecting" | "disconnecting") && !shown.1.is_empty() {
                     display.show(&shown.0, &shown.1, progress.percent, &progress.summary);
                 }
                 tracker.event(&event)

@@ -275,6 +275,7 @@ def fails_clean(lab, *args, words, code=FAILURE, look=True, **options):
     for word in words:
         expect(word.lower() in text.lower(), f"the error does not say '{word}': {text}")
     expect("panicked" not in text and "Error {" not in text, f"not in the user's words: {text}")
+    expect("connecting" not in text.splitlines(), f"a step without a name: {text}")
     if look:
         lab.check_state("disconnected")
     return text

@@ -126,7 +126,7 @@ mod tests {
             ("max-flows = 1048577\n", "use 1 to 1048576"),
             ("queues = 0\n", "f:1:10: queues = 0 is not possible; use 1 to 64"),
             ("queues = 65\n", "use 1 to 64"),
-            ("max-flows = \"many\"\n", "f:1:13: invalid type"),
+            ("max-flows = \"many\"\n", "expected a whole number"),
             ("log_level = \"info\"\n", "f:1:1: unknown key `log_level`"),
         ] {
             let error = parse("f", text).unwrap_err().to_string();

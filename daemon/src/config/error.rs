@@ -6,6 +6,13 @@ use super::file::FileError;
 
 /// Most characters of a message; what a hostile text can put into one is cut there.
 const MAX_MESSAGE: usize = 600;
+/// What serde says, and what it is called in the manual.
+const WORDS: [(&str, &str); 4] = [
+    ("unknown field", "unknown key"),
+    ("expected i64", "expected a whole number"),
+    ("expected usize", "expected a whole number"),
+    ("expected a sequence", "expected a list"),
+];
 
 /// Why a profile or the daemon's settings cannot be used. `Display` names the file, the place and what to do.
 #[derive(Debug, thiserror::Error)]
@@ -64,7 +71,7 @@ impl Source<'_> {
         ConfigError::Text { file: Rejected::new(self.file).0, line, column, message: rejected.0 }
     }
 
-    /// Reads the text as `T`; serde's "field" is the user's "key".
+    /// Reads the text as `T`, with errors in the words of the manual.
     pub(super) fn parse<T: serde::de::DeserializeOwned>(self) -> Result<T, ConfigError> {
         toml::from_str(self.text).map_err(|error| {
             let message = error.message();
@@ -73,7 +80,7 @@ impl Source<'_> {
                  can read, and name that with password-file = \"/path\""
                     .to_owned()
             } else {
-                message.replacen("unknown field", "unknown key", 1)
+                WORDS.iter().fold(message.to_owned(), |text, (serde, ours)| text.replacen(serde, ours, 1))
             };
             self.error(error.span(), Rejected::new(message))
         })

@@ -11,12 +11,30 @@ use rustix::fs::{CWD, FileType, Mode, OFlags, Stat, fstat, openat};
 use rustix::io::Errno;
 use zeroize::Zeroizing;
 
+/// What `ProtectHome=yes` of the unit hides.
+const HIDDEN: [&str; 3] = ["/home", "/root", "/run/user"];
+
 /// Why a file cannot be had or must not be trusted. `Display` names the path and the command that mends it.
 #[derive(Debug, thiserror::Error)]
 pub enum FileError {
     /// It is not there.
     #[error("{} does not exist", path.display())]
     Missing {
+        /// Path.
+        path: PathBuf,
+    },
+    /// Its permissions keep the daemon from it.
+    #[error(
+        "the daemon, user proxyvpn, may not open {}; mend it with: chgrp proxyvpn {} && chmod g+r {}",
+        path.display(), path.display(), path.display()
+    )]
+    Forbidden {
+        /// Path.
+        path: PathBuf,
+    },
+    /// Below a directory that the unit hides from the daemon (`ProtectHome=`, systemd.exec(5)).
+    #[error("the daemon does not see {}: /home, /root and /run/user are hidden from it; keep the file in /etc/proxyvpn", path.display())]
+    Hidden {
         /// Path.
         path: PathBuf,
     },
@@ -178,12 +196,26 @@ fn check_owner(stat: &Stat, path: &Path, owners: &[u32]) -> Result<(), FileError
 }
 
 fn open_error(path: &Path, errno: Errno) -> FileError {
-    let path = path.into();
+    let path = PathBuf::from(path);
     match errno {
         Errno::NOENT => FileError::Missing { path },
         Errno::LOOP => FileError::Link { path },
+        Errno::ACCESS if HIDDEN.iter().any(|dir| path.starts_with(dir)) => FileError::Hidden { path },
+        Errno::ACCESS => FileError::Forbidden { path },
         // A socket cannot be opened at all.
         Errno::NXIO => FileError::NotRegular { path },
         other => FileError::Open { path, source: other.into() },
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_file_that_the_daemon_may_not_open_is_told_with_what_mends_it() {
+        let told = |path| open_error(Path::new(path), Errno::ACCESS).to_string();
+        assert!(told("/etc/proxyvpn/a.password").contains("chgrp proxyvpn /etc/proxyvpn/a.password && chmod g+r"));
+        assert!(told("/home/ann/password").contains("hidden from it"));
     }
 }

@@ -121,6 +121,8 @@ fn an_error_names_file_line_and_column_and_what_to_do() {
         ("[upstream]\nurl = \"direct://\"\naddresses = [\"192.0.2.1\"]\n", "3:14", "direct:// has no proxy"),
         ("[upstream]\nurl = \"http://p:1\"\n[tun]\nname = \"a/b\"\n", "4:8", "device's name"),
         ("[upstream]\nurl = \"http://p:1\"\n[tun]\nmtu = 1000\n", "4:7", "1280 to 65535"),
+        ("[upstream]\nurl = \"http://p:1\"\n[tun]\nmtu = \"big\"\n", "4:7", "expected a whole number"),
+        ("[upstream]\nurl = \"http://p:1\"\n[protect]\nlan = \"10.0.0.0/8\"\n", "4:7", "expected a list"),
         ("[upstream]\nurl = \"http://p:1\"\n[tun]\ncidr = \"10.0.0.0/8\"\n", "4:8", "use one between them"),
         ("[upstream]\nurl = \"http://p:1\"\n[tun]\ncidr6 = \"x\"\n", "4:9", "IPv6 address with its prefix"),
         ("[upstream]\nurl = \"http://p:1\"\n[dns]\nmode = \"tcp\"\n", "4:8", "not in this version; use \"bypass\""),

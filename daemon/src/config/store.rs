@@ -60,7 +60,7 @@ pub struct Entry {
 #[derive(Debug, thiserror::Error)]
 pub enum StoreError {
     /// There is none of that name.
-    #[error("there is no profile \"{name}\"; the profiles are listed by: proxyctl profile list")]
+    #[error("there is no profile \"{name}\"")]
     NotFound {
         /// Name.
         name: String,

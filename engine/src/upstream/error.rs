@@ -108,7 +108,9 @@ pub enum Shortage {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum AuthenticationFault {
     /// We sent no credentials.
-    #[error("wants a user name and password; add them to the profile")]
+    #[error(
+        "wants a user name and password; add username and password-file to the profile, or give --username and --password"
+    )]
     Missing,
     /// We sent some.
     #[error("does not take this user name and password; check both")]
