@@ -168,8 +168,9 @@ class Run:
     def beside_idle(self, name, count):
         """Bulk and memory beside many idle connections. The bulk without them is measured before and after."""
         around = (self.plan.rounds + 1) // 2
+        # not what is kept for a while after other work: idle connections may use that again
+        rss = self.out.get("rest_rss", memory(self.pids))
         without = self.rounds(around)
-        rss = memory(self.pids)
         with Idle(self, count) as idle:
             if self.pids:
                 time.sleep(self.plan.settle)
