@@ -263,7 +263,7 @@ impl World for Proxy {
             Ok(network) => match checked(network, &desired).await {
                 Ok(found) => {
                     items.extend(found.into_iter().map(|found| item(found.code, found.severity.as_str(), found.text)));
-                    items.extend(fallback(network.firewall_name(), network.firewall_weaknesses()));
+                    items.extend(fallback(network.firewall_name(), &network.firewall_weaknesses()));
                 }
                 Err(error) => items.push(item("network-unreadable", "error", network::failure(&error).text)),
             },

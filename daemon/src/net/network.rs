@@ -68,8 +68,8 @@ impl Network {
 
     /// What the way to the firewall can't promise, one sentence each.
     #[must_use]
-    pub fn firewall_weaknesses(&self) -> &'static [&'static str] {
-        self.backend.as_ref().map_or(&[], Backend::weaknesses)
+    pub fn firewall_weaknesses(&self) -> Vec<&'static str> {
+        self.backend.as_ref().map_or(vec![], Backend::weaknesses)
     }
 
     /// Checks everything that can be checked without changing anything.
@@ -107,7 +107,8 @@ impl Network {
         let mut firewall = vec![];
         if !self.is_installed(&ruleset).await? {
             let line = |line| Step { action: Action::Add, change: Change::Firewall(line) };
-            firewall.extend(ruleset.lines().into_iter().map(line));
+            let lines = self.backend.as_ref().map_or_else(|| ruleset.lines(), |backend| backend.fit(&ruleset).lines());
+            firewall.extend(lines.into_iter().map(line));
         }
         Ok(tunnel.into_iter().chain(firewall).chain(routes).collect())
     }
@@ -368,7 +369,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_slow_firewall_does_not_stop_the_loop() {
-        let backend = Backend::Nft("/usr/sbin/nft".into());
+        let backend = Backend::Nft("/usr/sbin/nft".into(), firewall::Timeouts::Ours);
         let (release, wait) = std::sync::mpsc::channel();
         // Ends only when the loop goes on meanwhile.
         let slow = on(&backend, move |_| {

@@ -1,6 +1,6 @@
 //! Which backend is chosen, by whom.
 
-use proxyvpnd::net::firewall::{Backend, Error, compile};
+use proxyvpnd::net::firewall::{Backend, Error, Timeouts, compile};
 use rustix::{
     process::Uid,
     thread::{
@@ -8,6 +8,7 @@ use rustix::{
     },
 };
 
+use crate::state::NFTNL;
 use crate::world::{World, desired, opted_in, sh};
 
 fn only(capability: CapabilitySet) {
@@ -22,7 +23,7 @@ fn the_capability_is_enough_and_nothing_is_left() {
     let world = World::new();
     world.host.run(|| {
         let before = sh("nft list ruleset");
-        assert_eq!(Backend::choose().unwrap(), Backend::Nftnl);
+        assert_eq!(Backend::choose().unwrap(), NFTNL);
         assert_eq!(sh("nft list ruleset"), before);
     });
     // As the unit runs it: a user of its own with CAP_NET_ADMIN, without a way to become root.
@@ -32,7 +33,7 @@ fn the_capability_is_enough_and_nothing_is_left() {
         set_thread_res_uid(user, user, user).unwrap();
         only(CapabilitySet::NET_ADMIN);
         let backend = Backend::choose().unwrap();
-        assert_eq!(backend, Backend::Nftnl);
+        assert_eq!(backend, NFTNL);
         let many: Vec<_> = (1..=1024)
             .map(|port| ("192.0.2.1:22".parse().unwrap(), std::net::SocketAddr::from(([192, 0, 2, 2], port))))
             .collect();
@@ -52,12 +53,12 @@ fn without_the_capability_root_falls_back_and_others_are_told() {
     world.host.run(|| {
         only(capabilities(None).unwrap().permitted - CapabilitySet::NET_ADMIN);
         let backend = Backend::choose().unwrap();
-        assert!(matches!(&backend, Backend::Nft(path) if path == "/usr/sbin/nft"), "{backend:?}");
+        assert!(matches!(&backend, Backend::Nft(path, Timeouts::Ours) if path == "/usr/sbin/nft"), "{backend:?}");
         backend.apply(&compile(&desired(), &[])).unwrap();
         assert!(backend.present().unwrap());
         backend.remove().unwrap();
-        assert!(matches!(Backend::Nftnl.apply(&compile(&desired(), &[])), Err(Error::Privilege)));
-        assert!(matches!(Backend::Nftnl.remove(), Err(Error::Privilege)));
+        assert!(matches!(NFTNL.apply(&compile(&desired(), &[])), Err(Error::Privilege)));
+        assert!(matches!(NFTNL.remove(), Err(Error::Privilege)));
     });
     world.host.run(|| {
         let user = Uid::from_raw(65534);

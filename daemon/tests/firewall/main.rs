@@ -8,5 +8,6 @@ mod choice;
 mod connections;
 mod probes;
 mod state;
+mod tracking;
 mod wire;
 mod world;

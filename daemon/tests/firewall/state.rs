@@ -10,15 +10,17 @@ use std::{
 
 use proxyvpnd::net::{
     desired::Desired,
-    firewall::{Backend, Error, Programs, compile},
+    firewall::{Backend, Error, Programs, Timeouts, compile},
 };
 
 use crate::world::{World, desired, opted_in, sh};
 
+pub(crate) const NFTNL: Backend = Backend::Nftnl(Timeouts::Ours);
+
 /// All three, as they are installed here.
 pub(crate) fn backends() -> [Backend; 3] {
-    let nft = Backend::Nft("/usr/sbin/nft".into());
-    [Backend::Nftnl, nft, Backend::Iptables(Programs::find().expect("iptables is installed"))]
+    let nft = Backend::Nft("/usr/sbin/nft".into(), Timeouts::Ours);
+    [NFTNL, nft, Backend::Iptables(Programs::find().expect("iptables is installed"))]
 }
 
 fn sessions() -> Vec<(SocketAddr, SocketAddr)> {
@@ -152,16 +154,16 @@ fn a_table_that_another_process_owns_is_told() {
         let mut stdin = owner.stdin.take().unwrap();
         stdin.write_all(b"add table inet proxyvpn { flags owner; }\n").unwrap();
         for _ in 0..100 {
-            if Backend::Nftnl.present().unwrap() {
+            if NFTNL.present().unwrap() {
                 break;
             }
             thread::sleep(Duration::from_millis(20));
         }
-        let error = Backend::Nftnl.apply(&compile(&desired(), &[])).unwrap_err();
+        let error = NFTNL.apply(&compile(&desired(), &[])).unwrap_err();
         assert!(matches!(&error, Error::Refused { hint, .. } if hint.contains("another process owns")), "{error}");
-        assert!(Backend::Nftnl.remove().is_err());
+        assert!(NFTNL.remove().is_err());
         drop(stdin);
         owner.wait().unwrap();
-        Backend::Nftnl.apply(&compile(&desired(), &[])).unwrap();
+        NFTNL.apply(&compile(&desired(), &[])).unwrap();
     });
 }

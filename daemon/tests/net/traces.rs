@@ -79,6 +79,10 @@ fn a_second_apply_changes_nothing() {
     });
 }
 
+/// Removes the rules that set a timeout.
+const LESS: &str = "for h in $(nft -a list chain inet proxyvpn output | sed -n 's/.*ct timeout set.*handle //p')
+    do nft delete rule inet proxyvpn output handle $h; done";
+
 #[test]
 #[ignore = "needs root and makes network namespaces"]
 fn what_others_removed_is_put_back() {
@@ -95,6 +99,8 @@ fn what_others_removed_is_put_back() {
             ("nft flush ruleset", "firewall-missing"),
             ("nft delete chain inet proxyvpn forward", "firewall-missing"),
             ("nft insert rule inet proxyvpn postrouting accept", "firewall-missing"),
+            ("nft add ct timeout inet proxyvpn other '{ protocol tcp; }'", "firewall-missing"),
+            (LESS, "firewall-missing"),
         ];
         for (command, code) in damage {
             let codes = async |network: &proxyvpnd::net::Network| -> Vec<&'static str> {

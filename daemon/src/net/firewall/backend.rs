@@ -1,6 +1,6 @@
 //! The way rules reach the kernel.
 
-use std::{path::PathBuf, sync::LazyLock};
+use std::{borrow::Cow, path::PathBuf, sync::LazyLock};
 
 use super::{
     compile::compile,
@@ -17,11 +17,20 @@ use crate::net::desired::{Desired, Exceptions, Tunnel};
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Backend {
     /// libnftnl over netlink: `CAP_NET_ADMIN` is enough.
-    Nftnl,
+    Nftnl(Timeouts),
     /// The program `nft`, at this path; as root only.
-    Nft(PathBuf),
+    Nft(PathBuf, Timeouts),
     /// The iptables programs; as root only.
     Iptables(Programs),
+}
+
+/// Whether connections can get a timeout of our own in connection tracking (`CONFIG_NF_CONNTRACK_TIMEOUT`).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Timeouts {
+    /// They can.
+    Ours,
+    /// They keep the machine's.
+    Kernel,
 }
 
 /// A ruleset with every kind of rule, to ask for before anything is changed.
@@ -40,8 +49,8 @@ impl Backend {
     /// [`Error::Unavailable`] with what was tried and what to do.
     pub fn choose() -> Result<Self, Error> {
         let mut tried = vec![];
-        match Netlink::open().and_then(|mut netlink| netlink.probe(&SAMPLE)) {
-            Ok(()) => return Ok(Self::Nftnl),
+        match Netlink::open().and_then(|mut netlink| settle(|ruleset| netlink.probe(ruleset))) {
+            Ok(timeouts) => return Ok(Self::Nftnl(timeouts)),
             Err(error) => tried.push(format!("nftnl: {}", chain(&error))),
         }
         if !rustix::process::geteuid().is_root() {
@@ -49,8 +58,8 @@ impl Backend {
             return Err(Error::Unavailable { tried: tried.join("; "), advice });
         }
         match find("nft") {
-            Some(path) => match nft::probe(&path, &SAMPLE) {
-                Ok(()) => return Ok(Self::Nft(path)),
+            Some(path) => match settle(|ruleset| nft::probe(&path, ruleset)) {
+                Ok(timeouts) => return Ok(Self::Nft(path, timeouts)),
                 Err(error) => tried.push(format!("nft: {}", chain(&error))),
             },
             None => tried.push("nft: the program is not installed".to_owned()),
@@ -69,8 +78,8 @@ impl Backend {
     /// The name for status and logs: `nftnl`, `nft` or `iptables`.
     pub fn name(&self) -> &'static str {
         match self {
-            Self::Nftnl => "nftnl",
-            Self::Nft(_) => "nft",
+            Self::Nftnl(_) => "nftnl",
+            Self::Nft(..) => "nft",
             Self::Iptables(_) => "iptables",
         }
     }
@@ -79,18 +88,39 @@ impl Backend {
     ///
     /// All three: frames that bypass the IP layer (packet sockets with the privilege for them, bridged frames while
     /// `bridge-nf-call-iptables` is off) do not pass a chain of the firewall.
-    pub fn weaknesses(&self) -> &'static [&'static str] {
+    pub fn weaknesses(&self) -> Vec<&'static str> {
         const FLUSH: &str = "another administrator's program can flush or replace the rules";
-        match self {
-            Self::Nftnl => &[FLUSH],
-            Self::Nft(_) => &[FLUSH, "only root can use the nft program, so the daemon can't drop its privileges"],
-            Self::Iptables(_) => &[
+        const FULL: &str = "ended connections stay in connection tracking for 120 s: some 1,100 new ones per second fill \
+                            its table, and the kernel drops packets (net.netfilter.nf_conntrack_max)";
+        let mut weaknesses = match self {
+            Self::Nftnl(_) => vec![FLUSH],
+            Self::Nft(..) => vec![FLUSH, "only root can use the nft program, so the daemon can't drop its privileges"],
+            Self::Iptables(_) => vec![
                 "another administrator's program can flush the rules, or put its own in front of them",
                 "a change is atomic per table only: IPv4 is switched before IPv6, and marks before filters",
                 "rules are read back by their number, not by their content",
                 "after removal, empty built-in chains of iptables may remain",
                 "only root can use the iptables programs, so the daemon can't drop its privileges",
             ],
+        };
+        if self.timeouts() == Timeouts::Kernel {
+            weaknesses.push(FULL);
+        }
+        weaknesses
+    }
+
+    fn timeouts(&self) -> Timeouts {
+        match self {
+            Self::Nftnl(timeouts) | Self::Nft(_, timeouts) => *timeouts,
+            Self::Iptables(_) => Timeouts::Kernel,
+        }
+    }
+
+    /// What of these rules this backend can install.
+    pub fn fit<'a>(&self, ruleset: &'a Ruleset) -> Cow<'a, Ruleset> {
+        match self.timeouts() {
+            Timeouts::Ours => Cow::Borrowed(ruleset),
+            Timeouts::Kernel => Cow::Owned(ruleset.without_timeout()),
         }
     }
 
@@ -100,9 +130,10 @@ impl Backend {
     /// The kernel's refusal (nothing was changed), or [`Error::Differs`] (something else changes the rules).
     pub fn apply(&self, ruleset: &Ruleset) -> Result<(), Error> {
         ruleset.check()?;
+        let ruleset = &self.fit(ruleset);
         match self {
-            Self::Nftnl => Netlink::open()?.apply(ruleset),
-            Self::Nft(path) => nft::apply(path, ruleset),
+            Self::Nftnl(_) => Netlink::open()?.apply(ruleset),
+            Self::Nft(path, _) => nft::apply(path, ruleset),
             Self::Iptables(programs) => programs.apply(ruleset),
         }
     }
@@ -112,9 +143,10 @@ impl Backend {
         if !self.present()? {
             return Ok(false);
         }
+        let ruleset = &self.fit(ruleset);
         let found = match self {
-            Self::Nftnl => Netlink::open()?.verify(ruleset),
-            Self::Nft(path) => nft::verify(path, ruleset),
+            Self::Nftnl(_) => Netlink::open()?.verify(ruleset),
+            Self::Nft(path, _) => nft::verify(path, ruleset),
             Self::Iptables(programs) => programs.verify(ruleset),
         };
         match found {
@@ -127,8 +159,8 @@ impl Backend {
     /// Removes what any backend made; nothing there is success. Goes on after an error and gives back the first.
     pub fn remove(&self) -> Result<(), Error> {
         let own = match self {
-            Self::Nftnl => Netlink::open().and_then(|mut netlink| netlink.remove()),
-            Self::Nft(path) => nft::remove(path),
+            Self::Nftnl(_) => Netlink::open().and_then(|mut netlink| netlink.remove()),
+            Self::Nft(path, _) => nft::remove(path),
             // A kernel without nf_tables has no table either; where it has, another backend may have made one.
             Self::Iptables(programs) => {
                 drop(Netlink::open().and_then(|mut netlink| netlink.remove()));
@@ -136,7 +168,7 @@ impl Backend {
             }
         };
         let others = match self {
-            Self::Nftnl | Self::Nft(_) if iptables_left() => match Programs::find() {
+            Self::Nftnl(_) | Self::Nft(..) if iptables_left() => match Programs::find() {
                 Some(programs) => programs.remove(),
                 None => Ok(()),
             },
@@ -148,11 +180,22 @@ impl Backend {
     /// Whether a firewall of ours is installed.
     pub fn present(&self) -> Result<bool, Error> {
         match self {
-            Self::Nftnl => Netlink::open()?.present(),
-            Self::Nft(path) => nft::present(path),
+            Self::Nftnl(_) => Netlink::open()?.present(),
+            Self::Nft(path, _) => nft::present(path),
             Self::Iptables(programs) => programs.present(),
         }
     }
+}
+
+/// Asks with timeouts, and again without them if that is refused: a kernel may lack them alone.
+fn settle(mut probe: impl FnMut(&Ruleset) -> Result<(), Error>) -> Result<Timeouts, Error> {
+    let Err(refusal) = probe(&SAMPLE) else { return Ok(Timeouts::Ours) };
+    probe(&SAMPLE.without_timeout())?;
+    tracing::warn!(
+        error = &refusal as &dyn std::error::Error,
+        "no timeouts of our own: ended connections stay in connection tracking for 120 s (CONFIG_NF_CONNTRACK_TIMEOUT)"
+    );
+    Ok(Timeouts::Kernel)
 }
 
 /// Whether chains of the iptables backend can be there. Asks the kernel first: iptables itself would load modules and
@@ -176,4 +219,34 @@ fn chain(error: &Error) -> String {
         cause = error.source();
     }
     text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn refused(what: &str) -> Result<(), Error> {
+        Err(Error::Refused { what: what.to_owned(), hint: String::new(), source: rustix::io::Errno::NOENT.into() })
+    }
+
+    #[test]
+    fn a_kernel_without_timeouts_gets_the_other_rules() {
+        let lacks = |word: &'static str| {
+            move |ruleset: &Ruleset| {
+                ruleset.lines().iter().find(|line| line.contains(word)).map_or(Ok(()), |line| refused(line))
+            }
+        };
+        assert!(matches!(settle(|_| Ok(())), Ok(Timeouts::Ours)));
+        assert!(matches!(settle(lacks("ct timeout")), Ok(Timeouts::Kernel)));
+        assert!(matches!(settle(lacks("fib ")), Err(Error::Refused { what, .. }) if what.contains("fib ")));
+
+        let (ours, kernel) = (Backend::Nftnl(Timeouts::Ours), Backend::Nftnl(Timeouts::Kernel));
+        assert_eq!(*ours.fit(&SAMPLE), *SAMPLE);
+        assert_eq!(*kernel.fit(&SAMPLE), SAMPLE.without_timeout());
+        let told = |backend: Backend| backend.weaknesses().iter().any(|text| text.contains("connection tracking"));
+        assert!(!told(ours) && told(kernel));
+        let path = PathBuf::new;
+        assert!(!told(Backend::Nft(path(), Timeouts::Ours)) && told(Backend::Nft(path(), Timeouts::Kernel)));
+        assert!(told(Backend::Iptables(Programs { v4: path(), v4_restore: path(), v6: path(), v6_restore: path() })));
+    }
 }

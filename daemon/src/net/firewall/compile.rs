@@ -4,7 +4,7 @@ use std::net::{IpAddr, SocketAddr};
 
 use ipnet::IpNet;
 
-use super::rules::{Action, Chain, Family, Hook, Kind, Match, Policy, Protocol, Rule, Ruleset};
+use super::rules::{Action, Chain, Family, Hook, Kind, Match, Policy, Protocol, Rule, Ruleset, Timeout};
 use crate::net::desired::{Desired, MARK};
 
 /// How many older inbound sessions get a rule; more are not kept.
@@ -18,6 +18,11 @@ pub(super) const PRIORITY_MANGLE: i32 = -150;
 pub(super) const PRIORITY_FILTER: i32 = 0;
 /// After source NAT (100) and everything usual.
 pub(super) const PRIORITY_LAST: i32 = 300;
+
+/// For both connections of a tunnelled one, program to device and daemon to proxy: at the kernel's own 120 s, some 1,100
+/// short connections per second would fill its table. 10 s are long enough for what is repeated when the last segments
+/// get lost (RFC 6298: after 1, 3 and 7 s). The other states may still have something to come and keep their limits.
+const TIMEOUT: Timeout = Timeout { name: "tunnelled", time_wait: 10 };
 
 /// Router solicitation, neighbour solicitation, neighbour advertisement (RFC 4861).
 const NEIGHBOUR_DISCOVERY: [u8; 3] = [133, 135, 136];
@@ -38,8 +43,7 @@ pub fn compile(desired: &Desired, sessions: &[(SocketAddr, SocketAddr)]) -> Rule
             chain("postrouting", Kind::Filter, Hook::Postrouting, PRIORITY_LAST, Policy::Drop, postrouting(desired)),
         ]);
     }
-    chains.retain(|chain| !chain.rules.is_empty() || chain.policy == Policy::Drop);
-    Ruleset { chains }
+    Ruleset::new(Some(TIMEOUT), chains)
 }
 
 /// Marks what comes from outside for this machine itself; never what is forwarded.
@@ -69,7 +73,12 @@ fn input(desired: &Desired) -> Vec<Rule> {
 
 /// Marks what may leave although its socket carries no mark: this chain then sends it by the main table.
 fn output(desired: &Desired, sessions: &[(SocketAddr, SocketAddr)]) -> Vec<Rule> {
-    let mut rules = vec![];
+    // First: below, connections get the mark that are neither the daemon's nor in the tunnel.
+    let tunnelled = desired.tunnel.iter().map(|tunnel| Match::Oif(tunnel.name.clone()));
+    let mut rules: Vec<Rule> = tunnelled
+        .chain([Match::Mark])
+        .map(|which| rule(vec![Match::Protocol(Protocol::Tcp), Match::CtNew, which], Action::SetTimeout(TIMEOUT.name)))
+        .collect();
     if desired.inbound_replies {
         rules.push(rule(vec![Match::CtReply, Match::CtMark(MARK)], Action::SetMark));
         rules.extend(
@@ -186,6 +195,7 @@ pub(super) mod tests {
             session("192.0.2.1:22", "[2001:db8::2]:40003"),
         ];
         let want = r#"
+ct timeout tunnelled { protocol tcp; l3proto inet; policy = { time_wait : 10 }; }
 prerouting { type filter hook prerouting priority mangle; policy accept; }
 prerouting iifname "lo" accept
 prerouting iifname "pvpn0" accept
@@ -197,6 +207,8 @@ input iifname "pvpn0" accept
 input ip daddr 10.255.255.1 drop
 input ip6 daddr fd70:7670:6e::1 drop
 output { type route hook output priority mangle; policy accept; }
+output meta l4proto tcp ct state new oifname "pvpn0" ct timeout set "tunnelled"
+output meta l4proto tcp ct state new meta mark 0x7076706e ct timeout set "tunnelled"
 output ct direction reply ct mark 0x7076706e meta mark set 0x7076706e
 output ip saddr 192.0.2.1 ip daddr 198.51.100.7 tcp sport 22 tcp dport 40000 tcp flags & (fin|syn|rst|ack) != syn meta mark set 0x7076706e
 output ip saddr 192.0.2.1 ip daddr 198.51.100.8 tcp sport 22 tcp dport 40001 tcp flags & (fin|syn|rst|ack) != syn meta mark set 0x7076706e
@@ -246,11 +258,26 @@ CHAIN icmpv6 type nd-neighbor-advert accept"#;
         assert!(has(&base, "pvpn0") && !has(&blocked, "pvpn0"));
         let silent = Desired { inbound_replies: false, ..base.clone() };
         assert!(has(&base, "ct direction reply") && !has(&silent, "ct direction reply"));
-        assert!(has(&base, "ct state new") && !has(&silent, "ct state new"));
+        assert!(has(&base, "prerouting tcp flags") && !has(&silent, "prerouting tcp flags"));
         assert!(has(&silent, "fib daddr type local"));
         let least =
             Desired { tunnel: None, exceptions: Exceptions::default(), killswitch: false, inbound_replies: false };
-        assert_eq!(chains(&least), ["prerouting"]);
+        assert_eq!(chains(&least), ["prerouting", "output"]);
+        assert!(has(&least, "meta mark 0x7076706e ct timeout set"));
+    }
+
+    #[test]
+    fn without_timeouts_nothing_else_changes() {
+        for desired in [desired(), Desired { killswitch: false, ..desired() }] {
+            let (with, without) = (compile(&desired, &[]), compile(&desired, &[]).without_timeout());
+            let rest: Vec<_> = with.lines().into_iter().filter(|line| !line.contains("ct timeout")).collect();
+            assert_eq!(with.lines().len() - rest.len(), 3);
+            assert_eq!(without.lines(), rest);
+        }
+        let least =
+            Desired { tunnel: None, exceptions: Exceptions::default(), killswitch: false, inbound_replies: false };
+        let names: Vec<_> = compile(&least, &[]).without_timeout().chains.iter().map(|chain| chain.name).collect();
+        assert_eq!(names, ["prerouting"]);
     }
 
     #[test]

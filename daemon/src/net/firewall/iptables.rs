@@ -176,8 +176,8 @@ fn line(rule: &Rule, family: Family) -> Option<String> {
     }
     let v4 = family == Family::V4;
     let target = match rule.action {
-        // Every rule counts.
-        Action::Count => return None,
+        // Every rule counts. Timeouts are a matter of another program (nfct(8)).
+        Action::Count | Action::SetTimeout(_) => return None,
         Action::SetMark => format!("MARK --set-xmark {MARK:#x}/0xffffffff"),
         Action::SetCtMark(mark) => format!("CONNMARK --set-xmark {mark:#x}/0xffffffff"),
         Action::Accept => "RETURN".to_owned(),

@@ -37,7 +37,8 @@ pub(super) fn present(nft: &Path) -> Result<bool, Error> {
     Ok(tables.lines().any(|line| line.trim() == format!("table inet {NFT_TABLE}")))
 }
 
-/// Compares chains, their hooks and policies, and the number of rules: the text of a rule differs between versions of nft.
+/// Compares objects by their names, chains, their hooks and policies, and the number of rules: the text of a rule differs
+/// between versions of nft.
 fn compare(ruleset: &Ruleset, listing: &str) -> Result<(), Error> {
     let mut have: Vec<(&str, &str, usize)> = vec![];
     for line in listing.lines().map(str::trim) {
@@ -50,6 +51,12 @@ fn compare(ruleset: &Ruleset, listing: &str) -> Result<(), Error> {
                 _ => *rules += 1,
             }
         }
+    }
+    let timeouts: Vec<_> = listing.lines().filter_map(|line| line.trim().strip_prefix("ct timeout ")).collect();
+    let same = timeouts.len() == usize::from(ruleset.timeout.is_some())
+        && ruleset.timeout.iter().zip(&timeouts).all(|(want, have)| have.split(' ').next() == Some(want.name));
+    if !same {
+        return Err(Error::Differs(format!("{} timeouts, or others", timeouts.len())));
     }
     if have.len() != ruleset.chains.len() {
         return Err(Error::Differs(format!("{} chains instead of {}", have.len(), ruleset.chains.len())));
@@ -89,6 +96,8 @@ mod tests {
             ("a rule less", listing.replacen("\t\toifname \"lo\" accept\n", "", 1)),
             ("a rule more", listing.replacen("\t\toifname \"lo\" accept\n", "\t\taccept\n\t\taccept\n", 1)),
             ("a hook", listing.replace("type route hook output", "type filter hook output")),
+            ("no timeout", listing.replace("\tct timeout tunnelled {", "\t{")),
+            ("another timeout", listing.replace("\tct timeout tunnelled {", "\tct timeout other {")),
             ("a chain less", listing.replace("chain forward {", "")),
             ("nothing", String::new()),
         ] {

@@ -1,4 +1,5 @@
-//! The rules as a value. Each kind of match and action is one that nftables and iptables both have.
+//! The rules as a value. Each kind of match and action is one that nftables and iptables both have, but for
+//! [`Action::SetTimeout`], which nftables alone has and which the rules can do without.
 
 use std::net::{IpAddr, SocketAddr};
 
@@ -9,8 +10,19 @@ use super::error::Error;
 /// Every rule of the firewall, ready to be sent. Made by [`compile`](super::compile()).
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Ruleset {
+    /// What [`Action::SetTimeout`] sets; `None` where the kernel does not have it.
+    pub(super) timeout: Option<Timeout>,
     /// In the order in which a packet meets them. A chain without a rule and with policy accept is not there.
     pub(super) chains: Vec<Chain>,
+}
+
+/// An object of the table `inet proxyvpn`: how long connection tracking keeps a TCP connection. States that are not named
+/// here keep the machine's own limits (`net.netfilter.nf_conntrack_tcp_timeout_*`).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Timeout {
+    pub(super) name: &'static str,
+    /// After both ends have closed, in seconds.
+    pub(super) time_wait: u32,
 }
 
 /// A base chain of the table `inet proxyvpn`.
@@ -110,6 +122,8 @@ pub(super) enum Action {
     SetMark,
     /// Set the connection's mark, and go on.
     SetCtMark(u32),
+    /// Give the connection the timeout with this name if it is a new one, and go on.
+    SetTimeout(&'static str),
     /// Count, and go on.
     Count,
     /// Leave this chain; chains of others still decide.
@@ -173,6 +187,21 @@ impl Family {
 }
 
 impl Ruleset {
+    /// Puts chains together; a chain without a rule and with policy accept is left out.
+    pub(super) fn new(timeout: Option<Timeout>, mut chains: Vec<Chain>) -> Self {
+        chains.retain(|chain| !chain.rules.is_empty() || chain.policy == Policy::Drop);
+        Self { timeout, chains }
+    }
+
+    /// The same for a kernel or a program that has no timeouts.
+    pub(super) fn without_timeout(&self) -> Self {
+        let mut chains = self.chains.clone();
+        for chain in &mut chains {
+            chain.rules.retain(|rule| !matches!(rule.action, Action::SetTimeout(_)));
+        }
+        Self::new(None, chains)
+    }
+
     /// Refuses device names that nft or iptables would read as a pattern or as syntax. The kernel allows more names than
     /// we do (netdevice(7)): ours are letters, digits, `.`, `_` and `-`.
     pub(super) fn check(&self) -> Result<(), Error> {

@@ -6,15 +6,15 @@ use ipnet::IpNet;
 
 use super::{
     compile::{PRIORITY_FILTER, PRIORITY_MANGLE},
-    rules::{Action, Chain, Family, Hook, Kind, Match, Policy, Protocol, Rule, Ruleset},
+    rules::{Action, Chain, Family, Hook, Kind, Match, Policy, Protocol, Rule, Ruleset, Timeout},
 };
 use crate::net::desired::{MARK, NFT_TABLE};
 
 impl Ruleset {
-    /// One line per chain and rule in nft notation, such as `inet proxyvpn forward { type filter … }` and
+    /// One line per object, chain and rule in nft notation, such as `inet proxyvpn forward { type filter … }` and
     /// `inet proxyvpn postrouting oifname "lo" accept`.
     pub fn lines(&self) -> Vec<String> {
-        let mut lines = vec![];
+        let mut lines: Vec<String> = self.timeout.iter().map(|timeout| format!("inet {NFT_TABLE} {timeout}")).collect();
         for chain in &self.chains {
             lines.push(format!("inet {NFT_TABLE} {} {{ {} }}", chain.name, Base(chain)));
             lines.extend(chain.rules.iter().map(|rule| format!("inet {NFT_TABLE} {} {rule}", chain.name)));
@@ -26,6 +26,9 @@ impl Ruleset {
     pub fn script(&self) -> String {
         // Adding before deleting makes the deletion succeed also when there is no table yet.
         let mut script = format!("table inet {NFT_TABLE}\ndelete table inet {NFT_TABLE}\ntable inet {NFT_TABLE} {{\n");
+        if let Some(timeout) = &self.timeout {
+            script += &format!("\t{timeout}\n");
+        }
         for chain in &self.chains {
             script += &format!("\tchain {} {{\n\t\t{}\n", chain.name, Base(chain));
             for rule in &chain.rules {
@@ -34,6 +37,14 @@ impl Ruleset {
             script += "\t}\n";
         }
         script + "}\n"
+    }
+}
+
+impl Display for Timeout {
+    fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
+        let Self { name, time_wait } = self;
+        // In the family inet one object serves both IP versions: the kernel compares the transport protocol only.
+        write!(f, "ct timeout {name} {{ protocol tcp; l3proto inet; policy = {{ time_wait : {time_wait} }}; }}")
     }
 }
 
@@ -125,6 +136,7 @@ impl Display for Action {
         match self {
             Self::SetMark => write!(f, "meta mark set {MARK:#010x}"),
             Self::SetCtMark(mark) => write!(f, "ct mark set {mark:#010x}"),
+            Self::SetTimeout(name) => write!(f, "ct timeout set \"{name}\""),
             Self::Count => f.write_str("counter"),
             Self::Accept => f.write_str("accept"),
             Self::Drop => f.write_str("drop"),

@@ -4,7 +4,11 @@ use std::ffi::CString;
 
 use nftnl::{Batch, Chain as NftChain, ChainType, Hook as NftHook, MsgType, NlMsg, Policy as NftPolicy, Rule, Table};
 
-use super::lower;
+use super::{
+    lower,
+    sys::{Raw, Zeroed},
+    timeout,
+};
 use crate::net::{
     desired::NFT_TABLE,
     firewall::rules::{Chain, Hook, Kind, Policy, Ruleset},
@@ -22,12 +26,16 @@ pub(super) struct Transaction {
 impl Transaction {
     /// Adds a message.
     pub(super) fn add<T: NlMsg>(&mut self, message: &T, kind: MsgType, label: impl Into<String>) {
-        self.batch.add(message, kind);
+        self.batch.add(&Zeroed(message), kind);
         self.labels.push(label.into());
     }
 
-    /// Adds all chains and rules; without `hooked` no packet comes through them.
-    pub(super) fn add_chains(&mut self, table: &Table, ruleset: &Ruleset, hooked: bool) {
+    /// Adds all objects, chains and rules; without `hooked` no packet comes through them.
+    pub(super) fn add_ruleset(&mut self, table: &Table, ruleset: &Ruleset, hooked: bool) {
+        if let Some(timeout) = &ruleset.timeout {
+            let message = Raw(timeout::add(table.get_name(), timeout));
+            self.add(&message, MsgType::Add, format!("inet {NFT_TABLE} {timeout}"));
+        }
         for chain in &ruleset.chains {
             let label = format!("inet {NFT_TABLE} {}", chain.name);
             // A name without NUL: it is one of our constants.

@@ -5,7 +5,10 @@ use std::net::IpAddr;
 use ipnet::IpNet;
 use nftnl::nftnl_sys::{self as nf, libc};
 
-use super::sys::{Expr, Value};
+use super::{
+    sys::{Expr, Value},
+    timeout,
+};
 use crate::net::{
     desired::MARK,
     firewall::rules::{Action, Family, Match, Protocol, Rule},
@@ -113,6 +116,13 @@ fn action(action: Action, list: &mut Vec<Expr>) {
                 [(nf::NFTNL_EXPR_CT_KEY, Value::U32(constant(libc::NFT_CT_MARK))), (nf::NFTNL_EXPR_CT_SREG, REGISTER)],
             ),
         ]),
+        Action::SetTimeout(name) => list.push(Expr::new(
+            c"objref",
+            [
+                (nf::NFTNL_EXPR_OBJREF_IMM_TYPE, Value::U32(timeout::KIND)),
+                (nf::NFTNL_EXPR_OBJREF_IMM_NAME, Value::Data([name.as_bytes(), &[0]].concat())),
+            ],
+        )),
         Action::Count => list.push(Expr::new(c"counter", [])),
         Action::Accept => list.push(verdict(libc::NF_ACCEPT)),
         Action::Drop => list.push(verdict(libc::NF_DROP)),

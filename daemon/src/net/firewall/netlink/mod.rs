@@ -5,12 +5,14 @@
 //! - `request`: what is asked for
 //! - `socket`: sending, and matching answers by sequence number
 //! - `sys`: what nftnl has no safe wrapper for
+//! - `timeout`: the object that holds a timeout
 
 mod batch;
 mod lower;
 mod request;
 mod socket;
 mod sys;
+mod timeout;
 
 use std::{ffi::CStr, io};
 
@@ -40,7 +42,7 @@ impl Netlink {
         let table = Table::new(PROBE, ProtoFamily::Inet);
         let mut transaction = Transaction::default();
         transaction.add(&table, MsgType::Add, "table inet proxyvpn-probe");
-        transaction.add_chains(&table, ruleset, false);
+        transaction.add_ruleset(&table, ruleset, false);
         transaction.add(&table, MsgType::Del, "delete table inet proxyvpn-probe");
         self.0.commit(transaction).map(|_| ())
     }
@@ -61,7 +63,8 @@ impl Netlink {
     fn read_back(&mut self, sent: &[Vec<u8>]) -> Result<(), Error> {
         let chains = self.0.request(request::chains(ProtoFamily::Inet))?;
         let rules = self.0.request(request::rules(TABLE))?;
-        compare(sent, &chains, &rules)
+        let objects = self.0.request(request::objects(TABLE))?;
+        compare(sent, &chains, &rules, &objects)
     }
 
     /// Removes the table; none is fine.
@@ -104,12 +107,20 @@ fn replacement(ruleset: &Ruleset) -> Transaction {
     transaction.add(&table, MsgType::Add, "table inet proxyvpn");
     transaction.add(&table, MsgType::Del, "delete table inet proxyvpn");
     transaction.add(&table, MsgType::Add, "table inet proxyvpn");
-    transaction.add_chains(&table, ruleset, true);
+    transaction.add_ruleset(&table, ruleset, true);
     transaction
 }
 
-/// Compares chains and rules that are installed, expression by expression, with those that were sent.
-fn compare(sent: &[Vec<u8>], chains: &[Vec<u8>], rules: &[Vec<u8>]) -> Result<(), Error> {
+/// Compares objects, chains and rules that are installed, expression by expression, with those that were sent.
+fn compare(sent: &[Vec<u8>], chains: &[Vec<u8>], rules: &[Vec<u8>], objects: &[Vec<u8>]) -> Result<(), Error> {
+    let ours = |messages: &[Vec<u8>]| -> Vec<timeout::Object> {
+        let all = messages.iter().filter_map(|m| timeout::object(m));
+        all.filter(|object| object.table == TABLE.to_bytes()).collect()
+    };
+    let (want, have) = (ours(sent), ours(objects));
+    if want != have {
+        return Err(Error::Differs(format!("{} objects instead of {}, or of another kind", have.len(), want.len())));
+    }
     let table = TABLE.to_string_lossy();
     let ours = |messages: &[Vec<u8>]| -> Vec<sys::Chain> {
         messages.iter().filter_map(|m| sys::chain(m)).filter(|chain| chain.table == table).collect()
@@ -178,21 +189,21 @@ mod tests {
     use super::*;
     use crate::net::{
         desired::Desired,
-        firewall::{compile, compile::tests::desired},
+        firewall::{compile, compile::tests::desired, rules::Timeout},
     };
 
     /// The messages of a transaction.
     fn messages(desired: &Desired) -> Vec<Vec<u8>> {
         let table = Table::new(TABLE, ProtoFamily::Inet);
         let mut transaction = Transaction::default();
-        transaction.add_chains(&table, &compile(desired, &[]), true);
+        transaction.add_ruleset(&table, &compile(desired, &[]), true);
         socket::messages(&transaction.finish().0).map(<[u8]>::to_vec).collect()
     }
 
     #[test]
     fn any_difference_is_seen() {
         let sent = messages(&desired());
-        compare(&sent, &sent, &sent).unwrap();
+        compare(&sent, &sent, &sent, &sent).unwrap();
         let mut user = desired();
         user.exceptions.users = vec![14];
         let mut net = desired();
@@ -201,17 +212,31 @@ mod tests {
         let less = Desired { inbound_replies: false, ..desired() };
         for (what, other) in [("user", user), ("net", net), ("chains", off), ("rules", less)] {
             let other = messages(&other);
-            assert!(matches!(compare(&sent, &other, &other), Err(Error::Differs(_))), "{what}");
+            assert!(matches!(compare(&sent, &other, &other, &sent), Err(Error::Differs(_))), "{what}");
         }
-        assert!(compare(&sent, &sent, &[]).is_err());
-        assert!(compare(&sent, &[], &[]).is_err());
+        assert!(compare(&sent, &sent, &[], &sent).is_err());
+        assert!(compare(&sent, &[], &[], &sent).is_err());
+        assert!(compare(&sent, &sent, &sent, &[]).is_err());
+        let longer = Timeout { name: "tunnelled", time_wait: 120 };
+        assert!(compare(&sent, &sent, &sent, &[timeout::add(TABLE, &longer)]).is_err());
+    }
+
+    #[test]
+    fn a_message_does_not_depend_on_what_was_in_memory() {
+        let first = messages(&desired());
+        for fill in [0u8, 1, b'V', 0xff] {
+            // The allocator hands out again what was freed last.
+            drop(vec![vec![fill; 1 << 17]; 4]);
+            assert_eq!(messages(&desired()), first);
+        }
     }
 
     #[test]
     fn messages_cut_anywhere_are_refused_without_a_panic() {
         for message in messages(&desired()) {
             for length in 0..message.len() {
-                assert!(sys::chain(&message[..length]).is_none() && sys::rule(&message[..length]).is_none());
+                let cut = &message[..length];
+                assert!(sys::chain(cut).is_none() && sys::rule(cut).is_none() && timeout::object(cut).is_none());
             }
         }
     }

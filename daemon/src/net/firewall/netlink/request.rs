@@ -1,10 +1,10 @@
-//! Requests that read: nfnetlink's header, the family, and for some the table's name.
+//! Requests that read, and what messages are made of: nfnetlink's header, the family, attributes.
 
 use std::ffi::CStr;
 
 use nftnl::{ProtoFamily, nftnl_sys::libc};
 
-/// `NFTA_TABLE_NAME` and `NFTA_RULE_TABLE` (linux/netfilter/nf_tables.h).
+/// `NFTA_TABLE_NAME`, `NFTA_RULE_TABLE` and `NFTA_OBJ_TABLE` (linux/netfilter/nf_tables.h).
 const NAME: u16 = 1;
 
 /// One table of the family `inet`.
@@ -22,7 +22,22 @@ pub(super) fn rules(table: &CStr) -> Vec<u8> {
     request(libc::NFT_MSG_GETRULE, libc::NLM_F_DUMP, ProtoFamily::Inet, Some(table))
 }
 
+/// All objects of a table of the family `inet`.
+pub(super) fn objects(table: &CStr) -> Vec<u8> {
+    request(libc::NFT_MSG_GETOBJ, libc::NLM_F_DUMP, ProtoFamily::Inet, Some(table))
+}
+
 fn request(kind: i32, flags: i32, family: ProtoFamily, name: Option<&CStr>) -> Vec<u8> {
+    let mut message = header(kind, flags, family);
+    if let Some(name) = name {
+        message.extend(attribute(NAME, name.to_bytes_with_nul()));
+    }
+    patch_length(&mut message);
+    message
+}
+
+/// `struct nlmsghdr` without its length, and `struct nfgenmsg`.
+pub(super) fn header(kind: i32, flags: i32, family: ProtoFamily) -> Vec<u8> {
     // All of these constants fit.
     let kind = ((libc::NFNL_SUBSYS_NFTABLES as u16) << 8) | kind as u16;
     let flags = (libc::NLM_F_REQUEST | flags) as u16;
@@ -33,13 +48,20 @@ fn request(kind: i32, flags: i32, family: ProtoFamily, name: Option<&CStr>) -> V
     message.extend([0; 8]);
     // struct nfgenmsg: family, version, resource.
     message.extend([family as u8, 0, 0, 0]);
-    if let Some(name) = name.map(CStr::to_bytes_with_nul) {
-        message.extend((4 + name.len() as u16).to_ne_bytes());
-        message.extend(NAME.to_ne_bytes());
-        message.extend(name);
-        message.resize(message.len().next_multiple_of(4), 0);
-    }
+    message
+}
+
+/// `struct nlattr` with its value, padded.
+pub(super) fn attribute(kind: u16, value: &[u8]) -> Vec<u8> {
+    let mut attribute = (4 + value.len() as u16).to_ne_bytes().to_vec();
+    attribute.extend(kind.to_ne_bytes());
+    attribute.extend(value);
+    attribute.resize(attribute.len().next_multiple_of(4), 0);
+    attribute
+}
+
+/// Writes the length of a message that is complete.
+pub(super) fn patch_length(message: &mut [u8]) {
     let length = message.len() as u32;
     message[..4].copy_from_slice(&length.to_ne_bytes());
-    message
 }

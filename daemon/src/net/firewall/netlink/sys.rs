@@ -1,4 +1,4 @@
-//! What nftnl has no safe wrapper for: any expression by name, and reading chains and rules.
+//! What nftnl has no safe wrapper for: any expression by name, messages of our own, and reading chains and rules.
 #![allow(unsafe_code)]
 
 use std::{
@@ -7,7 +7,7 @@ use std::{
 };
 
 use nftnl::{
-    Rule as NftRule,
+    MsgType, NlMsg, Rule as NftRule,
     expr::Expression,
     nftnl_sys::{self as nf, libc},
 };
@@ -55,6 +55,36 @@ impl Expression for Expr {
             }
         }
         expr
+    }
+}
+
+/// A message that is complete but for its sequence number, with its length in front.
+pub(super) struct Raw(pub(super) Vec<u8>);
+
+// SAFETY: never writes more than the largest message, for which the buffer has space.
+unsafe impl NlMsg for Raw {
+    unsafe fn write(&self, buffer: *mut c_void, _: u32, _: MsgType) {
+        let length = self.0.len().min(nftnl::nft_nlmsg_maxsize() as usize);
+        // SAFETY: the buffer has space for the largest message by this function's contract, and is not ours.
+        unsafe { buffer.cast::<u8>().copy_from_nonoverlapping(self.0.as_ptr(), length) };
+    }
+}
+
+/// A message that is written into zeros. libnftnl 1.2 sends the name of an object without a NUL and reads one up to a NUL,
+/// so what was left in the padding would become a part of it.
+pub(super) struct Zeroed<'a, T>(pub(super) &'a T);
+
+/// More than any message of ours, and less than the largest one (64 KiB).
+const ZEROS: usize = 4096;
+
+// SAFETY: zeros go into space that the buffer has by the trait's contract; the message itself keeps to that contract.
+unsafe impl<T: NlMsg> NlMsg for Zeroed<'_, T> {
+    unsafe fn write(&self, buffer: *mut c_void, sequence: u32, kind: MsgType) {
+        // SAFETY: as above; the arguments are handed on unchanged.
+        unsafe {
+            buffer.cast::<u8>().write_bytes(0, ZEROS);
+            self.0.write(buffer, sequence, kind);
+        }
     }
 }
 
@@ -140,7 +170,7 @@ unsafe extern "C" fn describe(expr: *mut nf::nftnl_expr, list: *mut c_void) -> i
     0
 }
 
-/// A netlink message that is aligned and as long as its header says.
+/// A netlink message that is aligned and as long as its header says, with a NUL behind it for a string that has none.
 struct Message(Vec<u32>);
 
 impl Message {
@@ -156,7 +186,7 @@ impl Message {
             word[..chunk.len()].copy_from_slice(chunk);
             u32::from_ne_bytes(word)
         });
-        Some(Self(words.collect()))
+        Some(Self(words.chain([0]).collect()))
     }
 
     fn header(&self) -> *const libc::nlmsghdr {
