@@ -120,7 +120,7 @@ async fn clean_up(args: &Args) -> Result<(), Fatal> {
     let mut network = Network::open(&args.state_dir).await.map_err(|error| Fatal::new("cannot clean up", &error))?;
     let report = network.clean_up().await;
     for removed in &report.removed {
-        println!("removed {removed}");
+        println!("{removed}");
     }
     match report.errors.first() {
         None => {

@@ -63,7 +63,8 @@ def rescued(lab):
     lab.app("bash", "-c", 'rm -rf /run/proxyvpn/* "$LAB"/lib/*')
     lab.run("app", "alice", "proxyctl", "rescue", check=False)
     expect(lab.state() != before, "a user who is not root opened the network")
-    lab.app("env", "DBUS_SYSTEM_BUS_ADDRESS=unix:path=/nonexistent", "proxyctl", "rescue")
+    text = lab.app("env", "DBUS_SYSTEM_BUS_ADDRESS=unix:path=/nonexistent", "proxyctl", "rescue").stdout
+    expect(any(line.startswith("rule remove priority") for line in text.splitlines()), f"it does not say what it removed: {text}")
     equal(before, lab.state(), "after rescue")
     lab.fetch("http://web.lab.test/")
 
