@@ -21,6 +21,14 @@ else
   grep -E '^(error|warning: unused|failures:|    [a-z_:]+$|test .*FAILED|thread .* panicked)|panicked at' "$log" | tail -n 40; tail -n 25 "$log"; say "  (whole log: $log)"
 fi
 
+# the packet core: fuzz targets on their seeds and what follows from them
+for part in fuzz; do
+  out=$LOGS/$part.out
+  scripts/$part.sh >"$out" 2>&1
+  sed '$d' "$out"
+  add_counts "$(tail -n 1 "$out")" || { failed "scripts/$part.sh gave no figures"; cat "$out"; }
+done
+
 if command -v shellcheck >/dev/null; then check "shellcheck" shellcheck -x -P . scripts/*.sh .ci/run
 else skipped "shellcheck" "shellcheck is not installed"; fi
 python_files() { python3 - scripts/*.py tests/e2e/*.py bench/*.py <<'PY'
