@@ -21,8 +21,8 @@ else
   grep -E '^(error|warning: unused|failures:|    [a-z_:]+$|test .*FAILED|thread .* panicked)|panicked at' "$log" | tail -n 40; tail -n 25 "$log"; say "  (whole log: $log)"
 fi
 
-# the packet core: fuzz targets on their seeds and what follows from them
-for part in fuzz; do
+# the packet core: fuzz targets on their seeds and what follows from them, and the price of the hot path
+for part in fuzz instructions; do
   out=$LOGS/$part.out
   scripts/$part.sh >"$out" 2>&1
   sed '$d' "$out"
