@@ -68,6 +68,8 @@ pub(crate) struct Relay {
     rests: bool,
     /// The upstream's socket is asked to find out about a peer that vanished.
     kept_alive: bool,
+    /// The upstream's socket holds back no more than it should.
+    unsent_limited: bool,
 }
 
 /// What [`Relay::pump`] leaves.
@@ -121,6 +123,7 @@ impl Relay {
             progress: now,
             rests: false,
             kept_alive: false,
+            unsent_limited: false,
         }
     }
 
@@ -183,6 +186,11 @@ impl Relay {
             counters.bytes_received.add(received);
             self.progress = now;
             self.rests = false;
+        }
+        if !self.unsent_limited && self.sent >= u64::from(upstream::UNSENT) {
+            self.unsent_limited = true;
+            // Fails only for a socket that is gone, which reading tells as well.
+            let _ = upstream::limit_unsent(&self.upstream);
         }
         self.pass_on_ends(now);
         self.egress(now, interface, device);

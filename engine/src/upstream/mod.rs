@@ -33,7 +33,7 @@ use tokio::net::TcpStream;
 pub use credentials::{Credentials, CredentialsError};
 pub use error::{AuthenticationFault, ConnectError, Shortage};
 pub use exhausted::Exhausted;
-pub(crate) use socket::keep_alive;
+pub(crate) use socket::{UNSENT, keep_alive, limit_unsent};
 
 /// What carries the connections.
 #[derive(Debug, Clone)]

@@ -13,6 +13,9 @@ use super::{Exhausted, error, ports};
 /// How long an attempt has the field for itself (RFC 8305 section 5).
 const STAGGER: Duration = Duration::from_millis(250);
 
+/// See [`limit_unsent`]; a flow that never had more to send needs no limit.
+pub(crate) const UNSENT: u32 = 128 * 1024;
+
 /// More addresses than this are not tried.
 const MOST_ADDRESSES: usize = 16;
 
@@ -117,6 +120,15 @@ pub(crate) fn keep_alive(stream: &TcpStream) -> io::Result<()> {
     SockRef::from(stream).set_tcp_keepalive(&keepalive)
 }
 
+/// Lets the system hold no more than [`UNSENT`] bytes that the network is not ready for (`TCP_NOTSENT_LOWAT`, tcp(7)). Without it, its
+/// buffer grows to megabytes on a long way, and what a program writes last waits behind all of them.
+///
+/// # Errors
+/// setsockopt(2)'s.
+pub(crate) fn limit_unsent(stream: &TcpStream) -> io::Result<()> {
+    SockRef::from(stream).set_tcp_notsent_lowat(UNSENT)
+}
+
 /// Whose fault a failed `connect(2)` is.
 fn classify(error: io::Error) -> OpenError {
     match error.raw_os_error() {
@@ -175,6 +187,8 @@ mod tests {
         let socket = SockRef::from(&stream);
         assert!(!socket.keepalive().unwrap());
         keep_alive(&stream).unwrap();
+        limit_unsent(&stream).unwrap();
+        assert_eq!(SockRef::from(&stream).tcp_notsent_lowat().unwrap(), UNSENT);
         assert!(socket.keepalive().unwrap());
         assert_eq!(socket.tcp_keepalive_time().unwrap(), Duration::from_secs(60));
         assert_eq!(socket.tcp_keepalive_interval().unwrap(), Duration::from_secs(15));
