@@ -92,6 +92,7 @@ def descriptors(lab):
             expect(counters["flows-refused-no-socket"] >= 5 and counters["flows-refused-no-port"] == 0, f"{counters}")
             text = until(5, lambda: health(lab, "descriptors-exhausted"), lambda: f"not told: {lab.status()['health']}")
             expect("LimitNOFILE" in text, f"the remedy is not in the text: {text}")
+            expect(not health(lab, "resolvers-changed"), "what could not be read is told as changed")
             lab.check_state("connected")
             lab.run(*prlimit, f"--nofile={before}:")
             got, _ = connections(lab, 5, 100, 44000)

@@ -9,7 +9,7 @@ use proxyvpn_dbus::types::HealthItem;
 use proxyvpn_engine::Engine;
 use proxyvpn_engine::config::{Config, Limits};
 use proxyvpn_engine::event::Event;
-use proxyvpn_engine::upstream::{ConnectError, Connector, Upstream};
+use proxyvpn_engine::upstream::{ConnectError, Connector, Shortage, Upstream};
 use tokio::sync::mpsc;
 use tokio::time::Instant;
 use zbus::Connection;
@@ -128,8 +128,11 @@ impl Proxy {
         self.network().await?.apply(stage, &desired).await.map_err(|error| network::failure(&error))
     }
 
-    /// The resolvers that the present profile would let through now; `None` when it names its own.
+    /// The resolvers that the present profile would let through now; `None` when it names its own, or when no file can be opened.
     fn resolvers_now(&self) -> Option<Vec<IpAddr>> {
+        if self.shortages.shows(Shortage::Descriptors) {
+            return None;
+        }
         let named = self.resolvers.as_ref()?.origin == Origin::Given;
         (!named).then(|| resolvers::find(&[], &resolvers::Paths::default()).addresses)
     }

@@ -40,10 +40,15 @@ impl Default for Shortages {
 impl Shortages {
     /// A connection was refused for `shortage`; true when that is news.
     pub(super) fn note(&mut self, shortage: Shortage, now: Instant) -> bool {
-        let news = !self.shown.iter().any(|(shown, _)| *shown == shortage);
+        let news = !self.shows(shortage);
         self.shown.retain(|(shown, _)| *shown != shortage);
         self.shown.push((shortage, now + SHOWN));
         news
+    }
+
+    /// Whether `shortage` is shown.
+    pub(super) fn shows(&self, shortage: Shortage) -> bool {
+        self.shown.iter().any(|(shown, _)| *shown == shortage)
     }
 
     /// Waits until one of them is over, and forgets it. Never returns while there is none.
@@ -57,8 +62,7 @@ impl Shortages {
     pub(super) fn items(&mut self, counters: &HashMap<String, u64>, addresses: usize, now: Instant) -> Vec<HealthItem> {
         let used = self.used(counters, now);
         let mut items: Vec<_> = self.shown.iter().map(|(shortage, _)| refused(*shortage)).collect();
-        let exhausted = self.shown.iter().any(|(shortage, _)| *shortage == Shortage::Ports);
-        if !exhausted
+        if !self.shows(Shortage::Ports)
             && let Some(ports) = ports(&self.settings)
             && let all = ports.saturating_mul(addresses as u64)
             && used.saturating_mul(100) >= all.saturating_mul(SCARCE)
