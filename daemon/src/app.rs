@@ -9,6 +9,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use clap::Parser;
+use proxyvpn_dbus::types::HealthItem;
 use proxyvpn_engine::config::Limits;
 use sd_notify::NotifyState;
 use tokio::signal::unix::{SignalKind, signal};
@@ -132,12 +133,26 @@ async fn clean_up(args: &Args) -> Result<(), Fatal> {
 }
 
 async fn serve(args: &Args) -> Result<(), Fatal> {
-    let settings = daemon::load(&args.config).map_err(|error| Fatal::new("cannot read the settings", &error))?;
+    // A daemon that did not start because of them could tell nobody, and would leave a network that was blocked as it is.
+    let (settings, ignored) = match daemon::load(&args.config) {
+        Ok(settings) => (settings, None),
+        Err(error) => (DaemonConfig::default(), Some(chain(&error))),
+    };
     let log = start_log(args, &settings);
+    let ignored = ignored.map(|cause| {
+        tracing::error!("the settings are ignored: {cause}");
+        HealthItem {
+            code: "settings-ignored".to_owned(),
+            severity: "error".to_owned(),
+            text: format!(
+                "The daemon runs with its default settings: {cause}. Mend the file, then `systemctl restart proxyvpnd`"
+            ),
+        }
+    });
     let _pid_file = PidFile::create(&args.runtime_dir)?;
 
     let store = Arc::new(ProfileStore::open(&args.profiles, &args.imported));
-    let (machine, handle) = Machine::new();
+    let (machine, handle) = Machine::new(ignored.into_iter().collect());
     let limits = Limits { flows: settings.max_flows, ..Limits::default() };
     let service = Service::start(zbus::connection::Builder::system(), handle, Arc::clone(&store), log)
         .await

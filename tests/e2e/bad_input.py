@@ -66,6 +66,19 @@ def typo(lab):
         fails_clean(lab, "typo", words=["typo.toml", "3", "urrl"])
 
 
+@test("an error in the settings: the daemon runs with its defaults and says what is wrong, and where", daemon=None)
+def settings(lab):
+    lab.app("bash", "-c", "printf 'log-level = \"info\"\nmax-flowz = 3\n' >/etc/proxyvpn/proxyvpnd.toml; chmod 644 /etc/proxyvpn/proxyvpnd.toml")
+    try:
+        lab.daemon()
+        lab.proxyctl("connect", "--proxy-url", TINY)
+        told = [item["text"] for item in lab.status()["health"] if item["code"] == "settings-ignored"]
+        expect(told and all(word in told[0] for word in ("proxyvpnd.toml:2", "max-flowz")), f"not told: {lab.status()['health']}")
+        lab.proxyctl("disconnect")
+    finally:
+        lab.app("rm", "-f", "/etc/proxyvpn/proxyvpnd.toml")
+
+
 @test("a profile that does not exist")
 def no_profile(lab):
     fails_clean(lab, "nothere", words=["nothere", "profile"])

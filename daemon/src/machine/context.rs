@@ -80,6 +80,8 @@ pub(super) struct Context<W, I> {
     pub(super) orders: Orders<I>,
     pub(super) intent: IntentFile,
     view: watch::Sender<View>,
+    /// What is not as it should be for as long as the daemon runs.
+    standing: Vec<HealthItem>,
 }
 
 impl<W: World, I: Inspector> Context<W, I> {
@@ -88,10 +90,10 @@ impl<W: World, I: Inspector> Context<W, I> {
         inspector: I,
         commands: mpsc::Receiver<Command>,
         shutdown: watch::Receiver<bool>,
-        view: watch::Sender<View>,
+        (view, standing): (watch::Sender<View>, Vec<HealthItem>),
         intent: IntentFile,
     ) -> Self {
-        Self { world, orders: Orders { commands, shutdown, stopping: false, inspector }, intent, view }
+        Self { world, orders: Orders { commands, shutdown, stopping: false, inspector }, intent, view, standing }
     }
 
     /// Shows a new state. `request` is what is wanted, if anything is.
@@ -144,7 +146,8 @@ impl<W: World, I: Inspector> Context<W, I> {
     }
 
     /// Shows what is not as it should be.
-    pub(super) fn health(&mut self, health: Vec<HealthItem>) {
+    pub(super) fn health(&mut self, found: Vec<HealthItem>) {
+        let health: Vec<_> = self.standing.iter().cloned().chain(found).collect();
         self.view.send_if_modified(|view| {
             let changed = view.health != health;
             view.health = health;

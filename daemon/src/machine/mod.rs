@@ -24,7 +24,7 @@ mod tests;
 pub mod world;
 
 use proxyvpn_dbus::ReasonCode;
-use proxyvpn_dbus::types::Reason;
+use proxyvpn_dbus::types::{HealthItem, Reason};
 use tokio::sync::{mpsc, watch};
 
 use blocked::Blocked;
@@ -56,15 +56,16 @@ enum Stage {
 pub struct Machine {
     commands: mpsc::Receiver<Command>,
     view: watch::Sender<View>,
+    standing: Vec<HealthItem>,
 }
 
 impl Machine {
-    /// A machine and the service's end of it.
+    /// A machine and the service's end of it. `standing` is what is not as it should be for as long as it runs.
     #[must_use]
-    pub fn new() -> (Self, Handle) {
+    pub fn new(standing: Vec<HealthItem>) -> (Self, Handle) {
         let (sender, commands) = mpsc::channel(WAITING);
-        let (view, receiver) = watch::channel(View::default());
-        (Self { commands, view }, Handle { commands: sender, view: receiver })
+        let (view, receiver) = watch::channel(View { health: standing.clone(), ..View::default() });
+        (Self { commands, view, standing }, Handle { commands: sender, view: receiver })
     }
 
     /// Runs until `shutdown` turns true and everything is taken away. Goes on with what `intent` says was wanted when the
@@ -78,7 +79,8 @@ impl Machine {
     ) {
         let wanted = intent.read();
         let inspector = world.inspector();
-        let mut context = Context::new(world, inspector, self.commands, shutdown, self.view, intent);
+        let view = (self.view, self.standing);
+        let mut context = Context::new(world, inspector, self.commands, shutdown, view, intent);
         let mut stage = match (wanted, autoconnect) {
             (Intent::Profile(profile), _) => {
                 tracing::info!(profile = profile.name, "going on with the connection that was wanted before");

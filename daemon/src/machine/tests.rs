@@ -185,7 +185,7 @@ impl Rig {
             None => {}
         }
         let script = Arc::new(script);
-        let (machine, handle) = Machine::new();
+        let (machine, handle) = Machine::new(vec![standing()]);
         let (shutdown, receiver) = watch::channel(false);
         let world = Double(Arc::clone(&script));
         let machine = tokio::task::spawn_local(machine.run(world, intent, autoconnect, receiver));
@@ -429,10 +429,29 @@ fn what_could_not_be_undone_is_shown() {
     run(async {
         let script = Script { leftovers: Mutex::new(vec!["route x".to_owned()]), ..Script::default() };
         let mut rig = Rig::start(script, None, None);
-        rig.handle.view.wait_for(|view| !view.health.is_empty()).await.unwrap();
+        rig.handle.view.wait_for(|view| view.health.len() == 2).await.unwrap();
         let health = rig.handle.view.borrow().health.clone();
-        assert_eq!(health[0].code, "not-undone");
-        assert!(health[0].text.contains("rescue"));
+        assert_eq!(health[1].code, "not-undone");
+        assert!(health[1].text.contains("rescue"));
+    });
+}
+
+/// What every view of these tests must show.
+fn standing() -> HealthItem {
+    HealthItem { code: "standing".to_owned(), severity: "error".to_owned(), text: String::new() }
+}
+
+#[test]
+fn what_stands_is_shown_in_every_state() {
+    run(async {
+        let mut rig = Rig::start(Script::default(), None, None);
+        assert_eq!(rig.handle.view.borrow().health, [standing()]);
+        rig.at_rest().await;
+        assert_eq!(rig.handle.view.borrow().health, [standing()]);
+        rig.connect().await.unwrap();
+        rig.until(State::Connected).await;
+        seen().await;
+        assert_eq!(rig.handle.view.borrow().health, [standing()]);
     });
 }
 

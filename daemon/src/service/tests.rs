@@ -29,7 +29,7 @@ async fn pair(profiles: &std::path::Path) -> (Service, Connection) {
     let server = Builder::unix_stream(server).server(Guid::generate()).p2p().build();
     let client = Builder::unix_stream(client).p2p().build();
     let (server, client) = tokio::try_join!(server, client).unwrap();
-    let (_, handle) = Machine::new();
+    let (_, handle) = Machine::new(Vec::new());
     let store = Arc::new(ProfileStore::open("/nonexistent", profiles));
     store.import("work", "[upstream]\nurl = \"http://proxy.example:8080\"\n", true, Importer::User).unwrap();
     (Service::register(server, handle, store, Log::new(10)).await.unwrap(), client)
