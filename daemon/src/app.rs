@@ -10,7 +10,6 @@ use std::time::Duration;
 
 use clap::Parser;
 use proxyvpn_dbus::types::HealthItem;
-use proxyvpn_engine::config::Limits;
 use sd_notify::NotifyState;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
@@ -153,11 +152,10 @@ async fn serve(args: &Args) -> Result<(), Fatal> {
 
     let store = Arc::new(ProfileStore::open(&args.profiles, &args.imported));
     let (machine, handle) = Machine::new(ignored.into_iter().collect());
-    let limits = Limits { flows: settings.max_flows, ..Limits::default() };
     let service = Service::start(zbus::connection::Builder::system(), handle, Arc::clone(&store), log)
         .await
         .map_err(|error| Fatal(chain(&error)))?;
-    let world = Proxy::new(args.state_dir.clone(), settings.queues, limits, service.connection().clone());
+    let world = Proxy::new(args.state_dir.clone(), settings.queues, settings.limits(), service.connection().clone());
 
     let (stop, shutdown) = watch::channel(false);
     let mut left = shutdown.clone();

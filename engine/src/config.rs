@@ -28,10 +28,13 @@ pub struct Limits {
     pub pending: usize,
     /// Bytes of each of a flow's two rings.
     pub ring: usize,
+    /// Bytes that all rings together may hold. Rings hold the pages that were used, until the flow comes to rest or ends. Above the
+    /// half flows grow less, the more they hold already.
+    pub memory: usize,
 }
 
 impl Default for Limits {
     fn default() -> Self {
-        Self { flows: 98_304, pending: 4_096, ring: 256 * 1024 }
+        Self { flows: 98_304, pending: 4_096, ring: 256 * 1024, memory: 1 << 30 }
     }
 }

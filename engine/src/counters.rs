@@ -63,6 +63,8 @@ counters! {
     flows_refused_full: "flows-refused-full",
     /// SYNs answered with a RST because too many wait for the upstream.
     flows_refused_pending: "flows-refused-pending",
+    /// SYNs answered with a RST because the open flows hold all memory for rings.
+    flows_refused_memory: "flows-refused-memory",
     /// SYNs answered with a RST because one of the two bounds is more than half used and who asks has the share that is left.
     flows_refused_fair: "flows-refused-fair",
     /// SYNs answered with a RST because no local port towards the upstream was free.
@@ -103,6 +105,8 @@ counters! {
     drop_not_tcp: "drop-not-tcp",
     /// Segments of no flow of their queue's, while too many of them waited for the other queues.
     drop_handover: "drop-handover",
+    /// Segments with data for a slow upstream, while the flows hold all memory; they come again.
+    drop_memory: "drop-memory",
     /// Packets that the device refused to take (it is down, or the packet was not to its liking).
     drop_device: "drop-device",
 }

@@ -22,6 +22,7 @@ mod flow;
 #[doc(hidden)]
 pub mod harness;
 mod health;
+mod memory;
 pub mod owner;
 mod packet;
 mod relay;

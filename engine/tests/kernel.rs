@@ -359,6 +359,38 @@ fn more_flows_than_allowed_are_refused_and_counted() {
 
 #[test]
 #[ignore = "needs root and network namespaces; run by scripts/test-privileged.sh"]
+fn many_that_hold_much_leave_memory_for_others_and_lose_nothing() {
+    const MANY: usize = 24;
+    let lab = Lab::new();
+    lab.serve(9000, echo);
+    lab.serve(9002, |stream| write_pattern(&stream, 8 * MIB).unwrap());
+    // The systems' buffers hold little, so that the engine's rings fill.
+    lab.sysctl("tcp_rmem", "4096 32768 65536");
+    lab.sysctl("tcp_wmem", "4096 32768 65536");
+    // Enough for the rings of twelve.
+    let running = lab.start_with(1500, true, Limits { memory: 3 * MIB, ..Limits::default() });
+    let streams =
+        lab.program(|| (0..MANY).map(|number| connect([V4, V6][number % 2], 9002).unwrap()).collect::<Vec<_>>());
+    let streams = streams.join().unwrap();
+    let mut last = 0;
+    wait_until("all are stuck", || {
+        std::thread::sleep(Duration::from_millis(300));
+        let moved = running.counter("bytes-received");
+        std::mem::replace(&mut last, moved) == moved
+    });
+    let mut stream = lab.program(|| connect(V4, 9000)).join().unwrap().unwrap();
+    stream.write_all(b"a modest program").unwrap();
+    stream.read_exact(&mut [0; 16]).unwrap();
+    for stream in streams {
+        assert_eq!(read_pattern(&stream).unwrap(), 8 * MIB);
+    }
+    assert_eq!(running.counter("flows-refused-memory"), 0);
+    drop(stream);
+    running.wait_until_empty();
+}
+
+#[test]
+#[ignore = "needs root and network namespaces; run by scripts/test-privileged.sh"]
 fn several_queues_share_the_work() {
     let lab = Lab::new();
     lab.serve(9000, echo);

@@ -18,6 +18,10 @@ pub const PATH: &str = "/etc/proxyvpn/proxyvpnd.toml";
 const MAX_FILE: usize = 64 * 1024;
 /// Bound on `max-flows`: each flow may take a descriptor and two rings.
 const MAX_FLOWS: usize = 1 << 20;
+const MIB: usize = 1024 * 1024;
+/// Bounds on `max-memory-mib`: 32 connections' full buffers, and a TiB.
+const MIN_MEMORY: usize = 16;
+const MAX_MEMORY: usize = MIB;
 /// Most queues that are opened unasked: the other processors have programs to run.
 const DEFAULT_QUEUES: usize = 8;
 /// Bound on `queues`: far below the kernel's 256, and each has a thread.
@@ -30,14 +34,37 @@ pub struct DaemonConfig {
     pub log_level: LevelFilter,
     /// `max-flows`: connections in the tunnel at the same time; the default is the engine's.
     pub max_flows: usize,
+    /// `max-memory-mib`: what the connections' buffers may hold; the default is a quarter of the machine's memory, at most 1024.
+    pub max_memory_mib: usize,
     /// `queues`: of the tunnel device, each with a thread of its own; the default is one per processor, at most 8.
     pub queues: usize,
 }
 
 impl Default for DaemonConfig {
     fn default() -> Self {
-        Self { log_level: LevelFilter::INFO, max_flows: Limits::default().flows, queues: default_queues() }
+        Self {
+            log_level: LevelFilter::INFO,
+            max_flows: Limits::default().flows,
+            max_memory_mib: default_memory(),
+            queues: default_queues(),
+        }
     }
+}
+
+impl DaemonConfig {
+    /// What the engine is to keep to.
+    #[must_use]
+    pub fn limits(&self) -> Limits {
+        Limits { flows: self.max_flows, memory: self.max_memory_mib * MIB, ..Limits::default() }
+    }
+}
+
+/// A quarter of the machine's memory, so that programs have the rest, up to the engine's own default.
+fn default_memory() -> usize {
+    let info = rustix::system::sysinfo();
+    let total = u128::from(info.totalram) * u128::from(info.mem_unit);
+    let quarter = usize::try_from(total / 4).unwrap_or(usize::MAX);
+    (quarter.min(Limits::default().memory) / MIB).max(MIN_MEMORY)
 }
 
 /// One for each processor that this process may use (affinity and cgroup quota are regarded).
@@ -84,6 +111,7 @@ pub fn parse(file: &str, text: &str) -> Result<DaemonConfig, ConfigError> {
     }
     for (key, value, range, to) in [
         ("max-flows", &raw.max_flows, 1..=MAX_FLOWS, &mut config.max_flows),
+        ("max-memory-mib", &raw.max_memory_mib, MIN_MEMORY..=MAX_MEMORY, &mut config.max_memory_mib),
         ("queues", &raw.queues, 1..=MAX_QUEUES, &mut config.queues),
     ] {
         if let Some(value) = value {
@@ -118,12 +146,15 @@ mod tests {
     #[test]
     fn every_key_and_its_errors() {
         assert_eq!(parse("f", "").unwrap(), DaemonConfig::default());
-        let config = parse("f", "log-level = \"debug\"\nmax-flows = 100\nqueues = 3\n").unwrap();
-        assert_eq!(config, DaemonConfig { log_level: LevelFilter::DEBUG, max_flows: 100, queues: 3 });
+        let config = parse("f", "log-level = \"debug\"\nmax-flows = 100\nmax-memory-mib = 20\nqueues = 3\n").unwrap();
+        let expected = DaemonConfig { log_level: LevelFilter::DEBUG, max_flows: 100, max_memory_mib: 20, queues: 3 };
+        assert_eq!(config, expected);
+        assert_eq!((config.limits().flows, config.limits().memory), (100, 20 << 20));
         for (text, says) in [
             ("log-level = \"loud\"\n", "f:1:13: \"loud\" is no log-level; use error,"),
             ("\nmax-flows = 0\n", "f:2:13: max-flows = 0 is not possible"),
             ("max-flows = 1048577\n", "use 1 to 1048576"),
+            ("max-memory-mib = 15\n", "use 16 to 1048576"),
             ("queues = 0\n", "f:1:10: queues = 0 is not possible; use 1 to 64"),
             ("queues = 65\n", "use 1 to 64"),
             ("max-flows = \"many\"\n", "expected a whole number"),

@@ -76,5 +76,6 @@ pub(super) struct TorVm {
 pub(super) struct Daemon {
     pub(super) log_level: Option<Text>,
     pub(super) max_flows: Option<Spanned<i64>>,
+    pub(super) max_memory_mib: Option<Spanned<i64>>,
     pub(super) queues: Option<Spanned<i64>>,
 }

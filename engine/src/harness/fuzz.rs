@@ -96,7 +96,7 @@ pub fn answer(bytes: &[u8]) {
 
 /// Any frames, one after the other, into a shard whose upstream accepts or refuses.
 pub fn frames(bytes: &[u8]) {
-    const LIMITS: Limits = Limits { flows: 3, pending: 2, ring: 8192 };
+    const LIMITS: Limits = Limits { flows: 3, pending: 2, ring: 8192, memory: 64 << 20 };
     RUNTIME.with(|runtime| {
         runtime.block_on(async {
             let mut script = Script::new(bytes);
@@ -153,7 +153,7 @@ pub fn frames(bytes: &[u8]) {
                 let Some(next) = bench.shard.next_deadline() else { break };
                 bench.now = next.max(bench.now);
             }
-            assert_eq!((bench.shard.next_deadline(), bench.shard.held()), (None, [0; 7]));
+            assert_eq!((bench.shard.next_deadline(), bench.shard.held()), (None, [0; 8]));
             assert_eq!(bench.counters.packets_in.get(), frames - short);
         });
     });

@@ -16,7 +16,7 @@ use crate::packet::parse::{self, ACK, FIN, SYN};
 use crate::testing::{Bench, Far, Packets, contents, pair};
 
 /// More than twice what is used, so that nobody is asked whose flows they are.
-const LIMITS: Limits = Limits { flows: 4000, pending: 4000, ring: 256 * 1024 };
+const LIMITS: Limits = Limits { flows: 4000, pending: 4000, ring: 256 * 1024, memory: 4 << 30 };
 /// What a socket towards an upstream takes at once.
 const ROOM: usize = 256 * 1024;
 /// Bytes of a bulk transfer.

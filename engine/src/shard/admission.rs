@@ -9,6 +9,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crate::config::Limits;
+use crate::memory::Memory;
 use crate::owner::{Lookup, Owner};
 use crate::packet::parse::Tuple;
 
@@ -18,6 +19,7 @@ pub(crate) struct Totals {
     limits: Limits,
     flows: AtomicUsize,
     pending: AtomicUsize,
+    memory: Arc<Memory>,
     /// Flows that began while a bound was scarce. The lock is held for one access, and only for such flows.
     counted: Mutex<HashMap<Owner, Counts>>,
 }
@@ -35,6 +37,8 @@ pub(crate) enum Refused {
     Full,
     /// Too many that the upstream has not answered.
     Pending,
+    /// The rings of the flows that are open hold all memory.
+    Memory,
     /// The owner has its share.
     Unfair,
 }
@@ -42,7 +46,13 @@ pub(crate) enum Refused {
 impl Totals {
     /// Nothing in use.
     pub(crate) fn new(limits: Limits) -> Self {
-        Self { limits, flows: AtomicUsize::new(0), pending: AtomicUsize::new(0), counted: Mutex::default() }
+        Self {
+            limits,
+            flows: AtomicUsize::new(0),
+            pending: AtomicUsize::new(0),
+            memory: Arc::new(Memory::new(limits.memory)),
+            counted: Mutex::default(),
+        }
     }
 
     fn counted(&self) -> MutexGuard<'_, HashMap<Owner, Counts>> {
@@ -85,12 +95,20 @@ impl Admission {
         Self { totals, lookup }
     }
 
+    /// What the rings of all shards' flows hold.
+    pub(super) fn memory(&self) -> Arc<Memory> {
+        Arc::clone(&self.totals.memory)
+    }
+
     /// A place for the new flow `tuple`.
     ///
     /// # Errors
     /// Why there is none.
     pub(super) fn admit(&mut self, tuple: &Tuple) -> Result<Place, Refused> {
         let totals = &self.totals;
+        if totals.memory.is_exhausted() {
+            return Err(Refused::Memory);
+        }
         let flows = take(&totals.flows, totals.limits.flows).ok_or(Refused::Full)?;
         let mut place = Place { totals: Arc::clone(totals), pending: false, claim: None };
         let pending = take(&totals.pending, totals.limits.pending).ok_or(Refused::Pending)?;
@@ -261,6 +279,17 @@ mod tests {
         held.iter_mut().for_each(Place::answered);
         held.push(doors[1].admit(&user(3)).unwrap());
         assert_eq!(doors[1].admit(&user(4)).unwrap_err(), Refused::Full);
+    }
+
+    #[test]
+    fn without_memory_for_rings_nobody_gets_in() {
+        let mut doors = doors(limits(10, 10), 1);
+        let (memory, limit) = (doors[0].memory(), Limits::default().memory);
+        memory.change(0, limit - 1);
+        assert!(doors[0].admit(&user(1)).is_ok());
+        memory.change(0, 1);
+        assert_eq!(doors[0].admit(&user(1)).unwrap_err(), Refused::Memory);
+        assert_eq!(doors[0].in_use(), (0, 0));
     }
 
     #[test]

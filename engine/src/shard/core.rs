@@ -137,7 +137,7 @@ impl<Q: Queue> Shard<Q> {
         let v4 = Stack::new(&mut parts.sender, parts.mtu, seed4, false, now);
         let v6 = Stack::new(&mut parts.sender, parts.mtu, seed6, true, now);
         Ok(Self {
-            slab: Slab::new(parts.limits.ring.saturating_mul(2), parts.limits.flows)?,
+            slab: Slab::new(parts.limits.ring.saturating_mul(2), parts.limits.flows, parts.admission.memory())?,
             sender: parts.sender,
             ready: Arc::default(),
             table: Table::default(),
@@ -292,6 +292,7 @@ impl<Q: Queue> Shard<Q> {
         match reason {
             Refused::Full => &self.counters.flows_refused_full,
             Refused::Pending => &self.counters.flows_refused_pending,
+            Refused::Memory => &self.counters.flows_refused_memory,
             Refused::Unfair => &self.counters.flows_refused_fair,
         }
     }
@@ -367,6 +368,11 @@ impl<Q: Queue> Shard<Q> {
     fn hand_over(&mut self, now: Instant, id: FlowId, segment: &Segment<'_>) {
         let Some(flow) = self.table.get_mut(id) else { return };
         if let Stage::Open(relay) = &mut flow.stage {
+            let length = segment.data().length;
+            if length > 0 && segment.flags & RST == 0 && !relay.connection.may_take_in(length) {
+                self.counters.drop_memory.increment();
+                return;
+            }
             let stack = if flow.tuple.is_v6() { &mut self.v6 } else { &mut self.v4 };
             let (interface, mut port) = stack.port(&mut self.sender, Some(segment.packet), relay.mss);
             relay.ingress(now, interface, &mut port, segment.data(), segment.flags & RST != 0);
@@ -493,13 +499,34 @@ impl<Q: Queue> Shard<Q> {
         }
     }
 
-    /// What a shard without flows must not hold: flows, their places, waiting ones, entries of lists, of timers, blocks of rings, frames.
+    /// What a shard without flows must not hold: flows, their places, waiting ones, memory, entries of lists, of timers, blocks of rings, frames.
     #[cfg(any(test, feature = "harness"))]
-    pub(crate) fn held(&self) -> [usize; 7] {
+    pub(crate) fn held(&self) -> [usize; 8] {
         let lists = self.dirty.len() + self.stalled.len();
         let (timers, blocks) = (self.timers.len(), self.slab.taken());
         let (places, pending) = self.admission.in_use();
-        [self.table.len(), places, pending, lists, timers, blocks, usize::from(self.sender.is_blocked())]
+        [
+            self.table.len(),
+            places,
+            pending,
+            self.admission.memory().held(),
+            lists,
+            timers,
+            blocks,
+            usize::from(self.sender.is_blocked()),
+        ]
+    }
+
+    /// Bytes that are backed by memory, and that are counted.
+    #[cfg(test)]
+    pub(crate) fn memory(&self) -> (usize, usize) {
+        (self.slab.resident() * rustix::param::page_size(), self.admission.memory().held())
+    }
+
+    /// As if another shard's flows held so many bytes.
+    #[cfg(test)]
+    pub(crate) fn short_of_memory(&self, held: usize) {
+        self.admission.memory().change(0, held);
     }
 
     /// Ends every flow with a RST to both sides.

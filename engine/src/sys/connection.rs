@@ -11,7 +11,7 @@ use smoltcp::socket::tcp::{self, CongestionControl, RecvError, SocketBuffer, Sta
 use smoltcp::time::{Duration, Instant};
 use smoltcp::wire::{IpAddress, IpListenEndpoint};
 
-use super::slab::{Block, Slab};
+use super::slab::{Block, Half, Slab};
 use crate::packet::parse::Data;
 
 /// A socket towards a program on this machine.
@@ -27,6 +27,8 @@ pub(crate) struct Connection {
     taken_in: usize,
     /// How far segments that came before their turn may reach, counted from `first`.
     reached: usize,
+    /// Both when the ring from the program was last discarded: what came after lies somewhere in the ring.
+    discarded: usize,
     /// Bytes that were put into the ring towards the program, in all.
     queued: usize,
 }
@@ -53,7 +55,16 @@ impl Connection {
         socket.listen(IpListenEndpoint { addr: Some(address), port }).ok()?;
         let mut set = SocketSet::new(Vec::with_capacity(1));
         let handle = set.add(socket);
-        Some(Self { set, handle, block, first: sequence.wrapping_add(1), taken_in: 0, reached: 0, queued: 0 })
+        Some(Self {
+            set,
+            handle,
+            block,
+            first: sequence.wrapping_add(1),
+            taken_in: 0,
+            reached: 0,
+            discarded: 0,
+            queued: 0,
+        })
     }
 
     fn socket(&self) -> &tcp::Socket<'static> {
@@ -74,16 +85,26 @@ impl Connection {
             self.reached = self.reached.max(self.taken_in.saturating_add(ahead).saturating_add(data.length));
         }
         self.taken_in = self.taken_in.saturating_add(self.receive_queue().saturating_sub(before));
+        let reach = self.taken_in.max(self.reached) - self.discarded;
+        self.block.reaches(Half::First, reach, self.discarded > 0);
     }
 
-    /// True when all bytes before `sequence`, and none behind, came in order.
-    pub(crate) fn is_next(&self, sequence: u32) -> bool {
-        self.first.wrapping_add(self.taken_in as u32) == sequence
+    /// Whether there is memory for `length` more bytes of the program's. There always is for those that need not wait here.
+    pub(crate) fn may_take_in(&self, length: usize) -> bool {
+        let reach = (self.taken_in.max(self.reached) - self.discarded).saturating_add(length);
+        self.receive_queue() == 0
+            || self.block.lacks(Half::First, reach, self.discarded > 0) == 0
+            || self.block.memory_is_left()
     }
 
     /// True for the sequence number of the SYN that opened this.
     pub(crate) fn was_opened_by(&self, sequence: u32) -> bool {
         self.first == sequence.wrapping_add(1)
+    }
+
+    /// True when all bytes before `sequence`, and none behind, came in order.
+    pub(crate) fn is_next(&self, sequence: u32) -> bool {
+        self.first.wrapping_add(self.taken_in as u32) == sequence
     }
 
     /// Sends at most one packet; true when one was sent, so that there may be more.
@@ -136,18 +157,47 @@ impl Connection {
         if self.receive_queue() == 0 {
             return None;
         }
-        self.socket_mut().recv(|bytes| f(bytes)).ok()
+        let result = self.socket_mut().recv(|bytes| f(bytes)).ok();
+        // The ring goes on where it is, into further pages.
+        if self.receive_queue() == 0 && self.block.spare().is_none() {
+            self.discard_receive_ring();
+        }
+        result
     }
 
-    /// Hands `f` free room towards the program; it says how many bytes it put there. `None` when there is no room.
+    /// Hands `f` free room towards the program; it says how many bytes it put there. `None` when there is no room, or no memory for
+    /// more of it: then there is some again when the program has acknowledged all.
     pub(crate) fn send<R>(&mut self, f: impl FnOnce(&mut [u8]) -> (usize, R)) -> Option<R> {
         if !self.can_send() {
             return None;
         }
-        let before = self.send_queue();
-        let result = self.socket_mut().send(f).ok();
-        self.queued = self.queued.saturating_add(self.send_queue().saturating_sub(before));
-        result
+        let page = rustix::param::page_size();
+        let mut spare = self.block.spare();
+        if spare.is_none() && self.send_queue() == 0 && self.block.held(Half::Second) > page {
+            self.block.discard_half(Half::Second);
+            spare = self.block.spare();
+        }
+        // A page is always to be had, so that no flow stops for good. An empty ring starts from its beginning.
+        let limit = (self.block.held(Half::Second) + spare.unwrap_or(0)).max(page);
+        let (start, length) = self.block.memory();
+        let ring = start.as_ptr() as usize + length / 2;
+        let mut taken = (0, 0);
+        let sent = self.socket_mut().send(|room| {
+            let at = room.as_ptr() as usize - ring;
+            let length = room.len().min(limit.saturating_sub(at));
+            if length == 0 {
+                return (0, None);
+            }
+            let (n, result) = f(&mut room[..length]);
+            taken = (at, n);
+            (n, Some(result))
+        });
+        let (at, n) = taken;
+        self.queued = self.queued.saturating_add(n);
+        if n > 0 {
+            self.block.reaches(Half::Second, at + n, false);
+        }
+        sent.ok().flatten()
     }
 
     /// Sends a FIN after what is queued.
@@ -170,12 +220,24 @@ impl Connection {
         if self.send_queue() > 0 {
             return;
         }
-        // Segments that came before their turn wait in the ring too.
-        if self.receive_queue() == 0 && self.reached <= self.taken_in {
+        if self.discardable() {
             self.block.discard();
+            self.discarded = self.taken_in.max(self.reached);
         } else {
-            self.block.discard_second_half();
+            self.block.discard_half(Half::Second);
         }
+    }
+
+    fn discard_receive_ring(&mut self) {
+        if self.discardable() {
+            self.block.discard_half(Half::First);
+            self.discarded = self.taken_in.max(self.reached);
+        }
+    }
+
+    /// Whether the ring from the program is empty. Segments that came before their turn wait in it too.
+    fn discardable(&self) -> bool {
+        self.receive_queue() == 0 && self.reached <= self.taken_in
     }
 }
 

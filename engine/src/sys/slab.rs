@@ -5,6 +5,9 @@ use std::cell::{Cell, RefCell};
 use std::io;
 use std::ptr::NonNull;
 use std::rc::Rc;
+use std::sync::Arc;
+
+use crate::memory::Memory;
 
 /// So many returned blocks keep their first pages.
 const WARM: usize = 32;
@@ -21,6 +24,7 @@ struct Mapping {
     block: usize,
     count: usize,
     free: RefCell<Free>,
+    memory: Arc<Memory>,
 }
 
 /// Blocks from `fresh` on were never handed out; the others were and came back. All are zeroed.
@@ -32,11 +36,12 @@ struct Free {
 }
 
 impl Slab {
-    /// Reserves address space for `count` blocks of at least `block` bytes (rounded up to whole pages).
+    /// Reserves address space for `count` blocks of at least `block` bytes (rounded up to whole pages). What they hold is counted in
+    /// `memory`, the few that are kept aside.
     ///
     /// # Errors
     /// mmap(2)'s, or `InvalidInput` when the size overflows or is zero.
-    pub(crate) fn new(block: usize, count: usize) -> io::Result<Self> {
+    pub(crate) fn new(block: usize, count: usize, memory: Arc<Memory>) -> io::Result<Self> {
         let block = block.next_multiple_of(rustix::param::page_size());
         let size = block.checked_mul(count).filter(|size| *size > 0 && isize::try_from(*size).is_ok());
         let size = size.ok_or(io::ErrorKind::InvalidInput)?;
@@ -57,7 +62,7 @@ impl Slab {
         let base = NonNull::new(base.cast::<u8>()).ok_or(io::ErrorKind::OutOfMemory)?;
         // SAFETY: the range is the mapping just made. A failure (kernel without huge pages) changes nothing.
         unsafe { libc::madvise(base.as_ptr().cast(), size, libc::MADV_NOHUGEPAGE) };
-        Ok(Self(Rc::new(Mapping { base, block, count, free: RefCell::default() })))
+        Ok(Self(Rc::new(Mapping { base, block, count, free: RefCell::default(), memory })))
     }
 
     /// Blocks that are out.
@@ -78,7 +83,7 @@ impl Slab {
             }
             None => return None,
         };
-        Some(Block { mapping: Rc::clone(&self.0), index, touched: Cell::new(None) })
+        Some(Block { mapping: Rc::clone(&self.0), index, touched: Cell::new(None), held: Cell::new([0; 2]) })
     }
 
     /// Pages that are backed by memory.
@@ -105,6 +110,15 @@ pub(super) struct Block {
     mapping: Rc<Mapping>,
     index: usize,
     touched: Cell<Option<(usize, usize)>>,
+    /// Bytes of each half's pages that may be backed, as counted.
+    held: Cell<[usize; 2]>,
+}
+
+/// A half of a block.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Half {
+    First,
+    Second,
 }
 
 impl Block {
@@ -115,14 +129,64 @@ impl Block {
         (start, self.mapping.block)
     }
 
-    /// Gives all pages back; the block then reads as zeroes.
-    pub(super) fn discard(&self) {
-        self.discard_from(0);
+    /// The holder's word that what it wrote to `half` since that was last discarded is at most `bytes` in a row, which begin anywhere
+    /// in a page when `astride`.
+    pub(super) fn reaches(&self, half: Half, bytes: usize, astride: bool) {
+        let more = self.lacks(half, bytes, astride);
+        if more > 0 {
+            let mut held = self.held.get();
+            held[half as usize] += more;
+            self.hold(held);
+        }
     }
 
-    /// Gives the pages of the second half back; it then reads as zeroes.
-    pub(super) fn discard_second_half(&self) {
-        self.discard_from(self.second_half());
+    /// How many bytes more than now the block would hold then.
+    pub(super) fn lacks(&self, half: Half, bytes: usize, astride: bool) -> usize {
+        let page = rustix::param::page_size();
+        let bytes = if astride && bytes > 0 { bytes.saturating_add(page) } else { bytes }.min(self.half());
+        let held = self.held(half);
+        if bytes > held { bytes.next_multiple_of(page) - held } else { 0 }
+    }
+
+    fn hold(&self, held: [usize; 2]) {
+        let before = self.held.replace(held);
+        self.mapping.memory.change(before.iter().sum(), held.iter().sum());
+    }
+
+    /// Bytes of `half` that can be written without holding more.
+    pub(super) fn held(&self, half: Half) -> usize {
+        self.held.get()[half as usize]
+    }
+
+    /// False when all blocks hold what they may together.
+    pub(super) fn memory_is_left(&self) -> bool {
+        !self.mapping.memory.is_exhausted()
+    }
+
+    /// Bytes that the block may hold on top of what it does, in whole pages. `None`: it holds more than its share already.
+    pub(super) fn spare(&self) -> Option<usize> {
+        let (held, full) = (self.held.get().iter().sum(), self.mapping.block);
+        let share = self.mapping.memory.share(held, full);
+        let page = rustix::param::page_size();
+        Some(share.checked_sub(held)? / page * page).filter(|spare| *spare > 0 || share == full)
+    }
+
+    /// Gives all pages back; the block then reads as zeroes.
+    pub(super) fn discard(&self) {
+        self.discard_range(0, self.mapping.block);
+        self.hold([0; 2]);
+    }
+
+    /// Gives the pages of one half back; it then reads as zeroes.
+    pub(super) fn discard_half(&self, half: Half) {
+        let (from, to) = match half {
+            Half::First => (0, self.half()),
+            Half::Second => (self.half(), self.mapping.block),
+        };
+        self.discard_range(from, to);
+        let mut held = self.held.get();
+        held[half as usize] = 0;
+        self.hold(held);
     }
 
     /// The holder's word that nothing was written but the first `first` bytes and the first `second` bytes of the second half.
@@ -130,23 +194,27 @@ impl Block {
         self.touched.set(Some((first, second)));
     }
 
-    fn second_half(&self) -> usize {
+    /// Length of the first half, and start of the second.
+    pub(super) fn half(&self) -> usize {
         self.mapping.block / 2
     }
 
-    fn discard_from(&self, offset: usize) {
+    /// Whole pages only: one that two halves share stays.
+    fn discard_range(&self, from: usize, to: usize) {
         let (start, length) = self.memory();
-        let offset = offset.next_multiple_of(rustix::param::page_size()).min(length);
+        let page = rustix::param::page_size();
+        let from = from.next_multiple_of(page).min(length);
+        let to = to / page * page;
         // SAFETY: the range is inside this block. What is wiped holds no data that anyone still reads: the block is being dropped,
         // or its holder says that the range is empty.
-        unsafe { libc::madvise(start.as_ptr().add(offset).cast(), length - offset, libc::MADV_DONTNEED) };
+        unsafe { libc::madvise(start.as_ptr().add(from).cast(), to.saturating_sub(from), libc::MADV_DONTNEED) };
     }
 
     /// Zeroes what was touched if that is little.
     fn wipe(&self) -> bool {
         let Some((first, second)) = self.touched.get().filter(|(a, b)| *a.max(b) <= SMALL) else { return false };
         let (start, length) = self.memory();
-        let half = self.second_half();
+        let half = self.half();
         if first > half || second > length - half {
             return false;
         }
@@ -163,8 +231,9 @@ impl Drop for Block {
     fn drop(&mut self) {
         let warm = self.mapping.free.borrow().warm.len() < WARM && self.wipe();
         if !warm {
-            self.discard();
+            self.discard_range(0, self.mapping.block);
         }
+        self.hold([0; 2]);
         let mut free = self.mapping.free.borrow_mut();
         if warm { &mut free.warm } else { &mut free.returned }.push(self.index);
     }
@@ -175,6 +244,10 @@ mod tests {
     #![allow(clippy::unwrap_used, reason = "a failure here is the test's failure")]
 
     use super::*;
+
+    fn slab(block: usize, count: usize) -> io::Result<Slab> {
+        Slab::new(block, count, Arc::new(Memory::new(usize::MAX)))
+    }
 
     fn fill(block: &Block, byte: u8) {
         let (start, length) = block.memory();
@@ -191,7 +264,7 @@ mod tests {
 
     #[test]
     fn blocks_are_bounded_disjoint_and_come_back_zeroed() {
-        let slab = Slab::new(5000, 2).unwrap();
+        let slab = slab(5000, 2).unwrap();
         let (a, b) = (slab.take().unwrap(), slab.take().unwrap());
         assert!(slab.take().is_none());
         fill(&a, 1);
@@ -205,7 +278,7 @@ mod tests {
 
     #[test]
     fn a_block_that_was_hardly_touched_comes_back_zeroed_too() {
-        let slab = Slab::new(8192, 1).unwrap();
+        let slab = slab(8192, 1).unwrap();
         for (first, second) in [(3, 5), (4096, 4096), (0, 4097)] {
             let block = slab.take().unwrap();
             let (start, length) = block.memory();
@@ -222,7 +295,7 @@ mod tests {
 
     #[test]
     fn a_block_outlives_the_handle_it_came_from() {
-        let slab = Slab::new(4096, 1).unwrap();
+        let slab = slab(4096, 1).unwrap();
         let block = slab.take().unwrap();
         drop(slab);
         fill(&block, 7);
@@ -231,7 +304,7 @@ mod tests {
 
     #[test]
     fn a_size_that_overflows_is_refused() {
-        assert!(Slab::new(usize::MAX / 2, 4).is_err());
-        assert!(Slab::new(4096, 0).is_err());
+        assert!(slab(usize::MAX / 2, 4).is_err());
+        assert!(slab(4096, 0).is_err());
     }
 }

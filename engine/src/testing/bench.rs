@@ -22,7 +22,7 @@ use crate::table::FlowId;
 use crate::upstream::{ConnectError, Target};
 
 /// Few flows, small rings.
-pub(crate) const LIMITS: Limits = Limits { flows: 16, pending: 8, ring: 64 * 1024 };
+pub(crate) const LIMITS: Limits = Limits { flows: 16, pending: 8, ring: 64 * 1024, memory: 64 << 20 };
 
 /// A shard that is fed by hand. Its device is a [`Double`], maybe behind wrappers.
 pub(crate) struct Bench<Q = Double> {

@@ -20,7 +20,9 @@ use crate::packet::parse::{self, Packet};
 use crate::shard::core::Outcome;
 use crate::upstream::{ConnectError, Target};
 
-const LIMITS: Limits = Limits { flows: 3, pending: 2, ring: 16 * 1024 };
+const LIMITS: Limits = Limits { flows: 3, pending: 2, ring: 16 * 1024, memory: MEMORY };
+/// What three flows can hold at the most: with more than half of it memory counts as short.
+const MEMORY: usize = 3 * 2 * 16 * 1024;
 /// Programs; one more than there may be flows.
 const PROGRAMS: usize = 4;
 /// Bytes that one side of one connection sends at most.
@@ -346,7 +348,7 @@ impl World {
     }
 
     /// What changes when something is done.
-    fn state(&self) -> (u64, [usize; 7]) {
+    fn state(&self) -> (u64, [usize; 8]) {
         let counted = Counters::sum([&*self.bench.counters].into_iter()).iter().map(|(_, count)| count).sum();
         (counted, self.bench.shard.held())
     }
@@ -466,7 +468,7 @@ impl World {
             self.rest().await?;
             let Some(next) = self.bench.shard.next_deadline() else {
                 let held = self.bench.shard.held();
-                return if held == [0; 7] { Ok(()) } else { Err(format!("left behind: {held:?}")) };
+                return if held == [0; 8] { Ok(()) } else { Err(format!("left behind: {held:?}")) };
             };
             self.pass(next - self.bench.now);
         }

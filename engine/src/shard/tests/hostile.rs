@@ -8,6 +8,9 @@ use tokio::net::TcpStream;
 use super::{v4, v6};
 use crate::testing::{Bench, Packets, read_tcp, tunnel};
 
+/// Memory of blocks that are kept for the next flows, two pages each.
+const KEPT_ASIDE: usize = 32 * 2 * 4096;
+
 /// A program that sends anything at all.
 #[derive(Debug, Clone)]
 enum Move {
@@ -91,6 +94,8 @@ proptest! {
                 // Lets the runtime see what the sockets have.
                 tokio::task::yield_now().await;
                 bench.turn();
+                let (backed, counted) = bench.shard.memory();
+                prop_assert!(backed <= counted + KEPT_ASIDE, "{backed} bytes of rings, {counted} counted");
                 while let Some(frame) = bench.device.next() {
                     if frame[0] >> 4 == 6 || frame[9] == 6 {
                         let sent = read_tcp(&frame);
@@ -106,7 +111,7 @@ proptest! {
             bench.later(8000);
             let left = bench.flows();
             prop_assert!(left.is_empty(), "left over: {left:?}");
-            prop_assert_eq!((bench.shard.next_deadline(), bench.shard.held()), (None, [0; 7]));
+            prop_assert_eq!((bench.shard.next_deadline(), bench.shard.held()), (None, [0; 8]));
             prop_assert_eq!(bench.counters.flows_opened.get(), bench.counters.flows_closed.get());
             Ok(())
         })?;

@@ -6,6 +6,7 @@ mod bounds;
 mod ends;
 mod hostile;
 mod lossy;
+mod memory;
 mod models;
 mod shards;
 
