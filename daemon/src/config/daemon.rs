@@ -22,7 +22,7 @@ const MIB: usize = 1024 * 1024;
 /// Bounds on `max-memory-mib`: 32 connections' full buffers, and a TiB.
 const MIN_MEMORY: usize = 16;
 const MAX_MEMORY: usize = MIB;
-/// Most queues that are opened unasked: the other processors have programs to run.
+/// Most queues that are opened unasked.
 const DEFAULT_QUEUES: usize = 8;
 /// Bound on `queues`: far below the kernel's 256, and each has a thread.
 const MAX_QUEUES: usize = 64;
@@ -36,7 +36,7 @@ pub struct DaemonConfig {
     pub max_flows: usize,
     /// `max-memory-mib`: what the connections' buffers may hold; the default is a quarter of the machine's memory, at most 1024.
     pub max_memory_mib: usize,
-    /// `queues`: of the tunnel device, each with a thread of its own; the default is one per processor, at most 8.
+    /// `queues`: of the tunnel device, each with a thread of its own; the default is half as many as processors, at most 8.
     pub queues: usize,
 }
 
@@ -67,9 +67,11 @@ fn default_memory() -> usize {
     (quarter.min(Limits::default().memory) / MIB).max(MIN_MEMORY)
 }
 
-/// One for each processor that this process may use (affinity and cgroup quota are regarded).
+/// One for every two processors that this process may use (affinity and cgroup quota are regarded): programs and the kernel need the
+/// others for the same bytes.
 fn default_queues() -> usize {
-    std::thread::available_parallelism().map_or(1, NonZero::get).min(DEFAULT_QUEUES)
+    let processors = std::thread::available_parallelism().map_or(1, NonZero::get);
+    (processors / 2).clamp(1, DEFAULT_QUEUES)
 }
 
 /// Reads the settings; a missing file means the defaults.
