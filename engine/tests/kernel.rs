@@ -491,8 +491,8 @@ fn an_engine_with_idle_flows_sleeps() {
         })
         .join()
         .unwrap();
-    // Timers that were armed for bytes on their way run out unneeded.
-    std::thread::sleep(Duration::from_secs(3));
+    // Timers that were armed for bytes on their way run out unneeded, and the flows come to rest, at a full second after 5 s.
+    std::thread::sleep(Duration::from_secs(8));
     let before = lab::switches_of("engine-0");
     std::thread::sleep(Duration::from_secs(2));
     let woken = lab::switches_of("engine-0") - before;
