@@ -14,6 +14,7 @@ use smoltcp::wire::HardwareAddress;
 use tokio::sync::mpsc::UnboundedSender;
 
 use super::admission::{Admission, Refused};
+use super::bucket::Bucket;
 use super::peers::{HandedOver, Peers, Stray};
 use super::ready::{FlowWaker, Ready};
 use crate::config::Limits;
@@ -159,12 +160,6 @@ impl<Q: Queue> Shard<Q> {
         })
     }
 
-    /// Pages of rings that are backed by memory.
-    #[cfg(test)]
-    pub(super) fn resident(&self) -> usize {
-        self.slab.resident()
-    }
-
     /// Takes in one frame of the device's.
     pub(crate) fn frame(&mut self, now: Instant, frame: &[u8]) {
         let Some((vouched_for, packet)) = self.sender.framing().split(frame) else {
@@ -305,14 +300,10 @@ impl<Q: Queue> Shard<Q> {
         };
         let Stage::Pending(pending) = &mut flow.stage else { return };
         let (syn, tuple) = (std::mem::take(&mut pending.syn), flow.tuple);
-        let counters = Arc::clone(&self.counters);
-        let refusals = match &outcome {
-            Err(error) if error.shortage() == Some(Shortage::Ports) => &counters.flows_refused_no_port,
-            Err(ConnectError::Local { .. }) => &counters.flows_refused_no_socket,
-            _ => &counters.flows_refused,
-        };
+        if let Err(error) = &outcome {
+            self.failed(error).increment();
+        }
         let Some(tunnel) = self.record(now, outcome) else {
-            refusals.increment();
             self.remove(id);
             self.refuse(now, &syn, tuple.is_v6());
             return;
@@ -334,6 +325,14 @@ impl<Q: Queue> Shard<Q> {
             flow.stage = Stage::Open(Box::new(Relay::new(connection, tunnel, mss, waker, now)));
         }
         self.ingress(now, id, &syn);
+    }
+
+    fn failed(&self, error: &ConnectError) -> &crate::counters::Counter {
+        match error {
+            error if error.shortage() == Some(Shortage::Ports) => &self.counters.flows_refused_no_port,
+            ConnectError::Local { .. } => &self.counters.flows_refused_no_socket,
+            _ => &self.counters.flows_refused,
+        }
     }
 
     fn record(&mut self, now: Instant, outcome: Outcome) -> Option<Tunnel> {
@@ -574,31 +573,6 @@ impl<Q: Queue> Shard<Q> {
                 }
             })
             .collect()
-    }
-}
-
-/// A token bucket.
-struct Bucket {
-    rate: u32,
-    tokens: u32,
-    filled: Instant,
-}
-
-impl Bucket {
-    fn new(rate: u32, now: Instant) -> Self {
-        Self { rate, tokens: rate, filled: now }
-    }
-
-    fn take(&mut self, now: Instant) -> bool {
-        let since = (now - self.filled).total_micros();
-        let earned = since.saturating_mul(u64::from(self.rate)) / 1_000_000;
-        if earned > 0 {
-            self.tokens = u32::try_from(earned).unwrap_or(self.rate).saturating_add(self.tokens).min(self.rate);
-            self.filled = now;
-        }
-        let some = self.tokens > 0;
-        self.tokens = self.tokens.saturating_sub(1);
-        some
     }
 }
 

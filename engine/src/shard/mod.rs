@@ -2,12 +2,14 @@
 //! change when a flow opens or closes, and the upstream's health, so there may be one per core.
 //!
 //! - [`admission`]: who may open a flow; the totals of all shards
+//! - `bucket`: a rate limit
 //! - [`core`]: what happens to a packet, an answer of the upstream, a timer; knows no runtime and is told the time
 //! - [`peers`]: segments that the kernel gave to the wrong shard
 //! - [`ready`]: flows that the runtime woke
 //! - [`run`]: the loop that feeds the core
 
 pub(crate) mod admission;
+mod bucket;
 pub(crate) mod core;
 pub(crate) mod peers;
 mod ready;

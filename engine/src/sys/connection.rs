@@ -75,23 +75,31 @@ impl Connection {
         self.set.get_mut(self.handle)
     }
 
+    /// Sequence number of the program's next byte in order.
+    fn next(&self) -> u32 {
+        self.first.wrapping_add(self.taken_in as u32)
+    }
+
+    /// How far the program's bytes in the ring may reach, counted from `first`.
+    fn extent(&self) -> usize {
+        self.taken_in.max(self.reached)
+    }
+
     /// Takes one packet from `device`.
     pub(crate) fn ingress(&mut self, now: Instant, interface: &mut Interface, device: &mut impl Device, data: Data) {
         let before = self.receive_queue();
         interface.poll_ingress_single(now, device, &mut self.set);
         // A stream may be longer than sequence numbers count; the difference to what comes next tells all the same.
-        let next = self.first.wrapping_add(self.taken_in as u32);
-        if let Ok(ahead @ 1..) = usize::try_from(data.sequence.wrapping_sub(next).cast_signed()) {
+        if let Ok(ahead @ 1..) = usize::try_from(data.sequence.wrapping_sub(self.next()).cast_signed()) {
             self.reached = self.reached.max(self.taken_in.saturating_add(ahead).saturating_add(data.length));
         }
         self.taken_in = self.taken_in.saturating_add(self.receive_queue().saturating_sub(before));
-        let reach = self.taken_in.max(self.reached) - self.discarded;
-        self.block.reaches(Half::First, reach, self.discarded > 0);
+        self.block.reaches(Half::First, self.extent() - self.discarded, self.discarded > 0);
     }
 
     /// Whether there is memory for `length` more bytes of the program's. There always is for those that need not wait here.
     pub(crate) fn may_take_in(&self, length: usize) -> bool {
-        let reach = (self.taken_in.max(self.reached) - self.discarded).saturating_add(length);
+        let reach = (self.extent() - self.discarded).saturating_add(length);
         self.receive_queue() == 0
             || self.block.lacks(Half::First, reach, self.discarded > 0) == 0
             || self.block.memory_is_left()
@@ -104,7 +112,7 @@ impl Connection {
 
     /// True when all bytes before `sequence`, and none behind, came in order.
     pub(crate) fn is_next(&self, sequence: u32) -> bool {
-        self.first.wrapping_add(self.taken_in as u32) == sequence
+        self.next() == sequence
     }
 
     /// Sends at most one packet; true when one was sent, so that there may be more.
@@ -222,7 +230,7 @@ impl Connection {
         }
         if self.discardable() {
             self.block.discard();
-            self.discarded = self.taken_in.max(self.reached);
+            self.discarded = self.extent();
         } else {
             self.block.discard_half(Half::Second);
         }
@@ -231,7 +239,7 @@ impl Connection {
     fn discard_receive_ring(&mut self) {
         if self.discardable() {
             self.block.discard_half(Half::First);
-            self.discarded = self.taken_in.max(self.reached);
+            self.discarded = self.extent();
         }
     }
 
@@ -243,7 +251,7 @@ impl Connection {
 
 impl Drop for Connection {
     fn drop(&mut self) {
-        self.block.touched(self.taken_in.max(self.reached), self.queued);
+        self.block.touched(self.extent(), self.queued);
     }
 }
 
