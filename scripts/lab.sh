@@ -9,9 +9,10 @@
 #   lab.sh up [--stage DIR]         start it (about 2 s); DIR is a tree made by `install.sh --destdir`
 #   lab.sh exec app|net[:USER] CMD  run a command in it
 #   lab.sh daemon [--root] [ARG...] start proxyvpnd in app as its own user with nothing but CAP_NET_ADMIN (or as root); waits for READY
-#                                     --no-capability: without even that; --again: as after a crash, with the runtime directory as it was left
-#   lab.sh cleanup                  proxyvpnd --cleanup, as its own user
-#   lab.sh daemon-stop [SIGNAL]     end it (TERM)
+#                                     --no-capability: without even that; --again: as after a crash, with what it left: the runtime
+#                                     directory, and the descriptors that it stored (scripts/lab-hold.py); --under 'CMD...': run by CMD, as root
+#   lab.sh cleanup                  proxyvpnd --cleanup, as its own user, and let go of what it stored
+#   lab.sh daemon-stop [SIGNAL]     end it: TERM (the default) for good, others as a crash, which keeps what it stored
 #   lab.sh service stop|start NAME  kill and restart a server of net: squid, tinyproxy, web, dnsmasq, sshd
 #   lab.sh wire FILTER              print what the sniffer saw and FILTER (pcap-filter(7)) matches
 #   lab.sh state                    rules, routes, nft, links, addresses, sysctls of app as text
@@ -297,28 +298,36 @@ lab_as_proxyvpn() {
 }
 lab_bin() { echo "$(cat "$LAB/stage.path")/usr/libexec/proxyvpn/proxyvpnd"; }
 lab_daemon() {
-  local owner=proxyvpn again=''
+  local owner=proxyvpn again='' under=()
   lab_as_proxyvpn "-all,+net_admin"
   while [ $# -gt 0 ]; do case $1 in
     --root) AS=() owner=root; shift ;;
     --no-capability) lab_as_proxyvpn "-all"; shift ;;
-    --again) again=1; shift ;; # after a crash: with the runtime directory as it was left
+    --again) again=1; shift ;;
+    --under) read -ra under <<<"$2"; shift 2 ;;
     *) break ;;
   esac; done
   local bin; bin=$(lab_bin)
   [ -x "$bin" ] || die "no daemon in the lab's stage ($bin)"
-  # shellcheck disable=SC2016  # expanded inside
-  [ -n "$again" ] || lab_exec app bash -c 'rm -rf /run/proxyvpn/* "$LAB"/lib/*'
+  if [ -z "$again" ]; then
+    lab_forget
+    # shellcheck disable=SC2016  # expanded inside
+    lab_exec app bash -c 'rm -rf /run/proxyvpn/* "$LAB"/lib/*'
+  fi
   lab_exec app chown -R "$owner:" /run/proxyvpn "$LAB/lib"
-  rm -f "$LAB/notify"
-  lab_exec app "$LAB_PYTHON" "$ROOT/scripts/lab-start.py" "$LAB/notify" "$LAB/logs/proxyvpnd.log" 15 \
-    env RUST_BACKTRACE=1 "${AS[@]}" "$bin" --state-dir "$LAB/lib" --imported "$LAB/lib/profiles.d" --runtime-dir /run/proxyvpn "$@" >"$LAB/daemon.pid" \
+  lab_exec app "$LAB_PYTHON" "$ROOT/scripts/lab-hold.py" start "$LAB/notify" "$LAB/logs/proxyvpnd.log" 15 \
+    "${under[@]}" env RUST_BACKTRACE=1 "${AS[@]}" "$bin" --state-dir "$LAB/lib" --imported "$LAB/lib/profiles.d" --runtime-dir /run/proxyvpn "$@" >"$LAB/daemon.pid" \
     || die "proxyvpnd did not start: $(tail -n 20 "$LAB/logs/proxyvpnd.log")"
 }
+# what systemd does when a service is stopped for good
+lab_forget() { lab_exec app "$LAB_PYTHON" "$ROOT/scripts/lab-hold.py" end "$LAB/notify"; }
 # proxyvpnd --cleanup, as the unit runs it after a stop
 lab_cleanup() {
+  local status=0
   lab_as_proxyvpn "-all,+net_admin"
-  lab_exec app "${AS[@]}" "$(lab_bin)" --cleanup --state-dir "$LAB/lib" --runtime-dir /run/proxyvpn
+  lab_exec app "${AS[@]}" "$(lab_bin)" --cleanup --state-dir "$LAB/lib" --runtime-dir /run/proxyvpn || status=$?
+  lab_forget
+  return "$status"
 }
 # the daemon's number inside app; empty when it does not run
 lab_daemon_pid() {
@@ -326,11 +335,15 @@ lab_daemon_pid() {
   lab_exec app kill -0 "$pid" 2>/dev/null && echo "$pid"
 }
 lab_daemon_stop() {
-  local pid; pid=$(lab_daemon_pid) || return 0
-  lab_exec app kill -"${1:-TERM}" "$pid"
-  gone() { ! lab_exec app kill -0 "$pid" 2>/dev/null; }
-  wait_for 15 gone || { lab_exec app kill -KILL "$pid"; say "proxyvpnd did not end within 15 s of SIG${1:-TERM}" >&2; return 1; }
-  rm -f "$LAB/daemon.pid"
+  local pid signal=${1:-TERM} status=0
+  if pid=$(lab_daemon_pid); then
+    lab_exec app kill "-$signal" "$pid"
+    gone() { ! lab_exec app kill -0 "$pid" 2>/dev/null; }
+    wait_for 15 gone || { lab_exec app kill -KILL "$pid"; say "proxyvpnd did not end within 15 s of SIG$signal" >&2; status=1; }
+    rm -f "$LAB/daemon.pid"
+  fi
+  [ "$signal" != TERM ] || lab_forget
+  return "$status"
 }
 
 # ---- looking ----

@@ -55,7 +55,7 @@ def one(lab, function, seconds, daemon):
         signal.alarm(45)
         if lab.daemon_pid():
             lab.run("app", "alice", "proxyctl", "disconnect", check=False, timeout=20)
-            lab.daemon_stop()
+        lab.daemon_stop()
         if not failure:
             equal(before, lab.state(), "the network is not what it was before the test")
     except (OverTime, Failed) as error:
