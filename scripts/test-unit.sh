@@ -31,13 +31,14 @@ done
 
 if command -v shellcheck >/dev/null; then check "shellcheck" shellcheck -x -P . scripts/*.sh .ci/run
 else skipped "shellcheck" "shellcheck is not installed"; fi
-python_files() { python3 - scripts/*.py tests/e2e/*.py bench/*.py <<'PY'
+python_files() { python3 - scripts/*.py tests/e2e/*.py tests/leaks/*.py bench/*.py <<'PY'
 import ast, sys
 for name in sys.argv[1:]:
     ast.parse(open(name, encoding="utf-8").read(), name)
 PY
 }
 check "python files parse" python_files
+check "the leak tests' oracle" python3 tests/leaks/test_wire.py
 c_compiles() { local file; for file in bench/*.c tests/e2e/*.c; do cc -std=gnu11 -O2 -Wall -Wextra -Werror -fsyntax-only "$file" || return 1; done; }
 check "C files compile without warnings" c_compiles
 bench_tests() {
