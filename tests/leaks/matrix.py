@@ -9,7 +9,7 @@ from scenarios import STEERED, UNSTEERED
 
 # What is known and documented as a limit, by (probe, column); "*" is any. It is shown and counted apart, never silent.
 DOCUMENTED = {
-    ("dhcp-shaped", "*"): "root may use DHCP's ports",
+    ("dhcp-shaped", "*"): "DHCP's ports, which need root, may be used towards any address",
 }
 HELD, LEAK, LIMIT, FIRED, MUTE, NONE, VOID = "·", "L", "d", "!", "X", "-", "?"
 MEANING = {

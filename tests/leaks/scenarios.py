@@ -443,7 +443,6 @@ def _(world):
         "ip -4 rule add priority 10 lookup main; ip -6 rule add priority 10 lookup main",
     ]
     random.shuffle(acts)
-    acts = acts[: world.times(12, len(acts))]
     try:
         disturbed(world, *acts, pause=0.05, rest=0.5)
     finally:
