@@ -134,6 +134,35 @@ check "kill -9: systemd starts it again, and nothing goes around the tunnel mean
 back() { connected() { [ "$(state_of)" = connected ]; }; wait_for 20 connected || is_state connected; }
 check "it goes on with the connection" back
 check "http through the proxy after kill -9" through_proxy http://web.lab.test/
+kills=${PROXYVPN_KILLS:-20}
+stream_seen() { lab_wire "src host $LAB_APP4 and udp dst port 9000" | wc -l; }
+stream() { # until /run/stream is gone: some thousand datagrams each second, one socket each
+  nsenter -t "$leader" -a timeout 600 bash -c ": >/run/stream; while [ -e /run/stream ]; do echo probe >/dev/udp/$LAB_WEB/9000; done" 2>/dev/null
+}
+end_stream() { root rm -f /run/stream </dev/null; wait "$1"; }
+killed_in_a_stream() { # each kill at another moment of the daemon's start
+  local before sent i pid load signal; before=$(stream_seen)
+  stream & load=$!
+  for ((i = 0; i < kills; i++)); do
+    pid=$(main_pid); signal=$( ((i % 2)) && echo SEGV || echo KILL)
+    started() { [ "$(main_pid)" != "$pid" ] && [ "$(main_pid)" != 0 ]; }
+    if ! kill_main "$signal" || ! wait_for 10 started; then end_stream "$load"; echo "kill $i: not started again"; return 1; fi
+    sleep "0.$((RANDOM % 6))"
+  done
+  root nft list table inet proxyvpn </dev/null | grep -q owner || { end_stream "$load"; echo "the firewall's table has no owner"; return 1; }
+  root nft flush ruleset </dev/null; sleep 0.2
+  end_stream "$load"
+  sent=$(($(stream_seen) - before))
+  echo "$kills kills, $sent datagrams got out"
+  [ "$sent" = 0 ]
+}
+stream_is_seen() {
+  stream & local load=$!
+  sleep 1; end_stream "$load"
+  [ "$(stream_seen)" -gt 100 ] || { echo "the sniffer saw only $(stream_seen) datagrams"; return 1; }
+}
+check "kill -9 and SIGSEGV $kills times and a flush of all rules, in a stream of datagrams: none gets out" killed_in_a_stream
+check "it goes on with the connection after all of them" back
 check "systemctl restart: nothing goes around the tunnel meanwhile" replaced_by root systemctl restart proxyvpnd.service
 check "it goes on with the connection after a restart" back
 watchdog() {
@@ -152,6 +181,7 @@ check "it goes on with the connection after that and after systemctl restart" ba
 # ---- the end
 stop() { root systemctl stop proxyvpnd.service </dev/null; network >"$LOGS/network.after"; diff "$LOGS/network.before" "$LOGS/network.after"; }
 check "systemctl stop while connected leaves the network as it was" stop
+check "anti-test: without a connection the stream is seen" stream_is_seen
 stop_killed() { # stopped although it does not react: systemd kills it, ExecStopPost cleans up
   root systemctl start proxyvpnd.service </dev/null; box as "$BOX" alice proxyctl connect lab </dev/null || return 1
   root sh -c 'mkdir -p /run/systemd/system/proxyvpnd.service.d; printf "[Service]\nTimeoutStopSec=2\n" >/run/systemd/system/proxyvpnd.service.d/test.conf; systemctl daemon-reload' </dev/null

@@ -21,11 +21,12 @@ use crate::backend::proxy::Proxy;
 use crate::config::daemon::{self, DaemonConfig};
 use crate::config::store::ProfileStore;
 use crate::config::watch::Watch;
+use crate::fdstore::{FdStore, Inherited};
 use crate::log::Log;
 use crate::machine::failure::chain;
 use crate::machine::intent::IntentFile;
 use crate::machine::{Machine, Request};
-use crate::net::{self, Network};
+use crate::net::{self, Keep, Keeping, Network, Owned};
 use crate::service::Service;
 use crate::systemd;
 
@@ -117,8 +118,11 @@ async fn clean_up(args: &Args) -> Result<(), Fatal> {
             .clear()
             .map_err(|error| Fatal::new("cannot remove the record of what is wanted", &error))?;
     }
-    let mut network = Network::open(&args.state_dir).await.map_err(|error| Fatal::new("cannot clean up", &error))?;
-    let report = network.clean_up().await;
+    let mut network = Network::open(&args.state_dir, Keeping::default())
+        .await
+        .map_err(|error| Fatal::new("cannot clean up", &error))?;
+    // systemd keeps the socket that owns the table until ExecStopPost= has ended, and then lets it go.
+    let report = network.clean_up(if args.stop_post { Owned::Expected } else { Owned::Unexpected }).await;
     for removed in &report.removed {
         println!("{removed}");
     }
@@ -155,7 +159,8 @@ async fn serve(args: &Args) -> Result<(), Fatal> {
     let service = Service::start(zbus::connection::Builder::system(), handle, Arc::clone(&store), log)
         .await
         .map_err(|error| Fatal(chain(&error)))?;
-    let world = Proxy::new(args.state_dir.clone(), settings.queues, settings.limits(), service.connection().clone());
+    let bus = service.connection().clone();
+    let world = Proxy::new(args.state_dir.clone(), settings.queues, settings.limits(), bus, keeping().await);
 
     let (stop, shutdown) = watch::channel(false);
     let mut left = shutdown.clone();
@@ -178,6 +183,16 @@ async fn serve(args: &Args) -> Result<(), Fatal> {
     systemd::notify(&[NotifyState::Stopping]);
     service.stop().await;
     Ok(())
+}
+
+/// What an earlier daemon left, and where this one leaves what is to outlive it.
+async fn keeping() -> Keeping {
+    let mut inherited = Inherited::take();
+    let store = match FdStore::from_env() {
+        Some(store) if systemd::keeps_descriptors().await => Some(Arc::new(store) as Arc<dyn Keep>),
+        _ => None,
+    };
+    Keeping { store, firewall: inherited.named(Keeping::FIREWALL) }
 }
 
 /// Keeps the profiles on the bus those of the files, for ever.

@@ -4,6 +4,7 @@
 //! - [`authority`]: who may do what, by polkit
 //! - [`backend`]: the effects behind the states
 //! - [`config`]: files of the administrator: settings, profiles, secrets
+//! - [`fdstore`]: descriptors that outlive the daemon
 //! - [`log`]: the newest records, for callers on the bus
 //! - [`resolvers`]: which DNS servers the machine uses
 //! - [`lookup`]: addresses of the upstream's name, over marked sockets
@@ -16,6 +17,7 @@ pub mod app;
 pub mod authority;
 pub mod backend;
 pub mod config;
+pub mod fdstore;
 pub mod log;
 pub mod lookup;
 pub mod machine;

@@ -34,6 +34,28 @@ pub(crate) async fn stopped_for_good() -> bool {
     deliberate && !restarts().await
 }
 
+/// Whether systemd keeps descriptors for this service. It drops what is over the limit, which is 0 by default, without a word.
+/// Where systemd does not run, whoever takes notifications is trusted.
+pub(crate) async fn keeps_descriptors() -> bool {
+    if !sd_notify::booted().unwrap_or(false) {
+        return true;
+    }
+    match tokio::time::timeout(TIMEOUT, store_size()).await {
+        Ok(Ok(size)) => size > 0,
+        Ok(Err(error)) => {
+            tracing::warn!("systemd does not say whether it keeps descriptors: {error}");
+            false
+        }
+        Err(_) => false,
+    }
+}
+
+async fn store_size() -> zbus::Result<u32> {
+    let bus = Connection::system().await?;
+    let unit = own_unit(&bus).await?;
+    property(&bus, &unit, "org.freedesktop.systemd1.Service", "FileDescriptorStoreMax").await?.try_into()
+}
+
 async fn restarts() -> bool {
     match tokio::time::timeout(TIMEOUT, job_type()).await {
         Ok(Ok(kind)) => kind == "restart",
@@ -45,14 +67,19 @@ async fn restarts() -> bool {
     }
 }
 
-/// Type of the job that systemd does with our unit, or empty (org.freedesktop.systemd1(5)).
-async fn job_type() -> zbus::Result<String> {
-    let bus = Connection::system().await?;
+/// Our unit (org.freedesktop.systemd1(5)).
+async fn own_unit(bus: &Connection) -> zbus::Result<OwnedObjectPath> {
     let manager = "/org/freedesktop/systemd1";
     let caller = 0u32;
     let reply =
         bus.call_method(Some(SYSTEMD), manager, Some("org.freedesktop.systemd1.Manager"), "GetUnitByPID", &caller);
-    let unit: OwnedObjectPath = reply.await?.body().deserialize()?;
+    reply.await?.body().deserialize()
+}
+
+/// Type of the job that systemd does with our unit, or empty.
+async fn job_type() -> zbus::Result<String> {
+    let bus = Connection::system().await?;
+    let unit = own_unit(&bus).await?;
     let (number, job): (u32, OwnedObjectPath) =
         property(&bus, &unit, "org.freedesktop.systemd1.Unit", "Job").await?.try_into()?;
     if number == 0 {

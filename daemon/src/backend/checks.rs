@@ -14,7 +14,7 @@ use crate::lookup;
 use crate::machine::Request;
 use crate::machine::failure::chain;
 use crate::net::desired::{Desired, MARK};
-use crate::net::{self, Network};
+use crate::net::{self, Keeping, Network};
 use crate::resolvers::{self, Resolvers};
 
 /// A name that exists for documentation (RFC 2606) and resolves in the public DNS.
@@ -67,7 +67,7 @@ pub(super) async fn run(state_dir: &Path, request: Option<&Request>) -> Vec<Chec
 /// What the machine must have: capability, TUN, a free name, a firewall. Returns the machine's addresses.
 async fn machine(report: &mut Report, state_dir: &Path, desired: &Desired) -> Vec<IpAddr> {
     const CODES: [&str; 4] = ["capability", "tun", "device-name", "firewall"];
-    let (error, network) = match Network::open(state_dir).await {
+    let (error, network) = match Network::open(state_dir, Keeping::default()).await {
         Ok(network) => (network.preflight(desired).await.err(), Some(network)),
         Err(error) => (Some(error), None),
     };

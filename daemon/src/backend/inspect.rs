@@ -9,7 +9,7 @@ use super::engine::EngineSlot;
 use super::{checks, network};
 use crate::machine::world::Inspector;
 use crate::machine::{Failure, Request};
-use crate::net::Network;
+use crate::net::{Keeping, Network};
 
 /// Looks with a netlink socket of its own.
 #[derive(Debug, Clone)]
@@ -27,7 +27,8 @@ impl ProxyInspector {
 impl Inspector for ProxyInspector {
     async fn plan(&self, request: &Request) -> Result<Vec<PlanStep>, Failure> {
         let (desired, _) = network::desired(&request.profile)?;
-        let network = Network::open(&self.state_dir).await.map_err(|error| network::failure(&error))?;
+        let network =
+            Network::open(&self.state_dir, Keeping::default()).await.map_err(|error| network::failure(&error))?;
         let steps = network.plan(&desired).await.map_err(|error| network::failure(&error))?;
         Ok(steps
             .iter()

@@ -22,7 +22,7 @@ use super::{caches, upstream};
 use crate::machine::world::{Facts, Fault, Inspector, World};
 use crate::machine::{Failure, Phase, Request};
 use crate::net::desired::{Desired, Tunnel};
-use crate::net::{self, Finding, Network, Severity, Stage};
+use crate::net::{self, Finding, Keeping, Network, Owned, Severity, Stage};
 use crate::resolvers::{self, Origin, Resolvers};
 
 /// Events that may wait; the engine coalesces what does not fit.
@@ -35,6 +35,7 @@ pub struct Proxy {
     queues: usize,
     limits: Limits,
     bus: Connection,
+    keeping: Keeping,
     /// Opened at the first use, so that a daemon without privileges can still say what is missing.
     network: Option<Network>,
     engine: EngineSlot,
@@ -53,12 +54,13 @@ pub struct Proxy {
 impl Proxy {
     /// A backend at rest, whose device will have so many `queues`.
     #[must_use]
-    pub fn new(state_dir: PathBuf, queues: usize, limits: Limits, bus: Connection) -> Self {
+    pub fn new(state_dir: PathBuf, queues: usize, limits: Limits, bus: Connection, keeping: Keeping) -> Self {
         Self {
             state_dir,
             queues,
             limits,
             bus,
+            keeping,
             network: None,
             engine: EngineSlot::default(),
             events: None,
@@ -74,7 +76,9 @@ impl Proxy {
     async fn network(&mut self) -> Result<&mut Network, Failure> {
         let network = match self.network.take() {
             Some(network) => network,
-            None => Network::open(&self.state_dir).await.map_err(|error| network::failure(&error))?,
+            None => Network::open(&self.state_dir, std::mem::take(&mut self.keeping))
+                .await
+                .map_err(|error| network::failure(&error))?,
         };
         Ok(self.network.insert(network))
     }
@@ -282,9 +286,13 @@ impl World for Proxy {
         self.resolvers = None;
         self.applied = false;
         match self.network().await {
-            Ok(network) => {
-                network.clean_up().await.errors.iter().map(|error| crate::machine::failure::chain(error)).collect()
-            }
+            Ok(network) => network
+                .clean_up(Owned::Unexpected)
+                .await
+                .errors
+                .iter()
+                .map(|error| crate::machine::failure::chain(error))
+                .collect(),
             Err(failure) => vec![format!("Looking for what an earlier run may have left: {}", failure.text)],
         }
     }
@@ -330,10 +338,11 @@ async fn checked(network: &mut Network, desired: &Desired) -> Result<Vec<Finding
     Ok(found)
 }
 
-/// What the fall-back to a program does not promise; nothing for the usual way.
+/// What the way to the firewall does not promise; nothing for the best one.
 fn fallback(name: &str, weaknesses: &[&str]) -> Option<HealthItem> {
+    let (code, severity) = if name == "nftnl" { ("firewall-weak", "info") } else { ("firewall-fallback", "warning") };
     let text = || format!("The firewall is applied through {name}: {}", weaknesses.join("; "));
-    (name != "nftnl" && !weaknesses.is_empty()).then(|| item("firewall-fallback", "warning", text()))
+    (!name.is_empty() && !weaknesses.is_empty()).then(|| item(code, severity, text()))
 }
 
 pub(super) fn item(code: impl Into<String>, severity: &str, text: impl Into<String>) -> HealthItem {
@@ -350,8 +359,10 @@ mod tests {
 
     #[test]
     fn only_a_fallback_is_warned_of() {
-        assert_eq!(fallback("nftnl", &["it can be flushed"]), None);
-        assert_eq!(fallback("", &[]), None);
+        assert_eq!(fallback("nftnl", &[]), None);
+        assert_eq!(fallback("", &["it can be flushed"]), None);
+        let weak = fallback("nftnl", &["it can be flushed"]).map(|found| (found.code, found.severity));
+        assert_eq!(weak, Some(("firewall-weak".to_owned(), "info".to_owned())));
         let found = fallback("iptables", &["it can be flushed", "not atomic"]).map(|found| found.text);
         assert_eq!(found.as_deref(), Some("The firewall is applied through iptables: it can be flushed; not atomic"));
     }

@@ -8,6 +8,7 @@
 //! - `kernel`, `rtnl`, `observed`: the kernel's state over rtnetlink(7)
 //! - `tun`, `sys`: the tunnel device
 //! - `journal`: the record that changes are under way
+//! - [`Keep`]: what outlives the process
 //! - `preflight`: checks that change nothing
 //! - [`Finding`]: whether what was applied is still there
 //! - [`SocketOwners`]: whose a connection of this machine is
@@ -19,6 +20,7 @@ mod error;
 pub mod firewall;
 mod health;
 mod journal;
+mod keep;
 mod kernel;
 mod network;
 mod observed;
@@ -33,7 +35,8 @@ mod tun;
 
 pub use error::Error;
 pub use health::{Finding, Severity};
-pub use network::{CleanUp, Network};
+pub use keep::{Keep, Keeping};
+pub use network::{CleanUp, Network, Owned};
 pub use owners::SocketOwners;
 pub use preflight::privilege;
 pub use step::{Action, Layer, Stage, Step};

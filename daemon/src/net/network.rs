@@ -13,7 +13,7 @@ use super::journal::Journal;
 use super::kernel::{self, Kernel};
 use super::observed::Observed;
 use super::step::{Action, Change, Stage, Step};
-use super::{Error, plan, preflight, sockets};
+use super::{Error, Keeping, plan, preflight, sockets};
 
 /// How often a plan is made and done before somebody else is at work.
 const ROUNDS: u32 = 3;
@@ -24,8 +24,19 @@ pub struct Network {
     kernel: Kernel,
     journal: Journal,
     backend: Option<Backend>,
+    /// For the backend when it is chosen.
+    keeping: Keeping,
     /// What this process installed.
     installed: Option<Ruleset>,
+}
+
+/// A firewall that belongs to another process's socket, which a clean-up can't remove.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Owned {
+    /// It will go by itself.
+    Expected,
+    /// An error.
+    Unexpected,
 }
 
 /// What a clean-up did.
@@ -42,16 +53,24 @@ impl Network {
     ///
     /// # Errors
     /// [`Error::Connect`]. A missing firewall is not an error here but in [`preflight`](Self::preflight).
-    pub async fn open(state_dir: &Path) -> Result<Self, Error> {
-        let kernel = Kernel::connect()?;
-        let backend = match blocking(Backend::choose).await {
-            Ok(backend) => Some(backend),
-            Err(error) => {
-                tracing::warn!(error = &error as &dyn std::error::Error, "no firewall");
-                None
-            }
-        };
-        Ok(Self { kernel, journal: Journal::open(state_dir), backend, installed: None })
+    pub async fn open(state_dir: &Path, keeping: Keeping) -> Result<Self, Error> {
+        let (kernel, journal) = (Kernel::connect()?, Journal::open(state_dir));
+        let mut network = Self { kernel, journal, backend: None, keeping, installed: None };
+        if let Err(error) = network.backend().await {
+            tracing::warn!(error = &error as &dyn std::error::Error, "no firewall");
+        }
+        Ok(network)
+    }
+
+    /// The way to the firewall, chosen at the first time that one can be had.
+    async fn backend(&mut self) -> Result<Backend, firewall::Error> {
+        if let Some(backend) = &self.backend {
+            return Ok(backend.clone());
+        }
+        let chosen = blocking(Backend::choose).await?;
+        let keeping = std::mem::take(&mut self.keeping);
+        let backend = blocking(|| Ok(chosen.owned(keeping))).await?;
+        Ok(self.backend.insert(backend).clone())
     }
 
     /// Whether an earlier run ended with changes in place, or may have.
@@ -217,11 +236,7 @@ impl Network {
         if self.is_installed(&ruleset).await? {
             return Ok(());
         }
-        let backend = match self.backend.clone() {
-            Some(backend) => backend,
-            None => blocking(Backend::choose).await?,
-        };
-        self.backend = Some(backend.clone());
+        let backend = self.backend().await?;
         let there = on(&backend, Backend::present).await?;
         let before = self.journal.begin(["nft remove table inet proxyvpn".to_owned()])?;
         let wanted = ruleset.clone();
@@ -244,7 +259,7 @@ impl Network {
 
     /// Removes everything that is ours, found by ownership and without any memory of what was done. Goes on after errors.
     /// What is already gone is success. The firewall comes last, so that nothing leaves before the rest is back.
-    pub async fn clean_up(&mut self) -> CleanUp {
+    pub async fn clean_up(&mut self, owned: Owned) -> CleanUp {
         let mut result = CleanUp::default();
         match self.kernel.observe().await {
             Ok(observed) => {
@@ -266,7 +281,7 @@ impl Network {
                 Err(error) => result.errors.push(error),
             }
         }
-        self.remove_firewall(&mut result).await;
+        self.remove_firewall(owned, &mut result).await;
         if result.errors.is_empty()
             && let Err(error) = self.journal.clear()
         {
@@ -275,19 +290,20 @@ impl Network {
         result
     }
 
-    async fn remove_firewall(&mut self, result: &mut CleanUp) {
-        if self.backend.is_none() {
-            self.backend = blocking(Backend::choose).await.map_err(|error| result.errors.push(error.into())).ok();
-        }
-        let Some(backend) = &self.backend else { return };
-        let there = on(backend, Backend::present).await.unwrap_or(true);
-        match on(backend, Backend::remove).await {
+    async fn remove_firewall(&mut self, owned: Owned, result: &mut CleanUp) {
+        let backend = match self.backend().await {
+            Ok(backend) => backend,
+            Err(error) => return result.errors.push(error.into()),
+        };
+        let there = on(&backend, Backend::present).await.unwrap_or(true);
+        match on(&backend, Backend::remove).await {
             Ok(()) => {
                 if there {
                     result.removed.push("nft remove table inet proxyvpn".to_owned());
                 }
                 self.installed = None;
             }
+            Err(firewall::Error::Owned) if owned == Owned::Expected => {}
             Err(error) => result.errors.push(error.into()),
         }
     }

@@ -6,6 +6,7 @@
 
 mod choice;
 mod connections;
+mod owner;
 mod probes;
 mod state;
 mod tracking;

@@ -138,7 +138,7 @@ fn ended_connections_of_the_tunnel_are_soon_forgotten_and_no_others() {
             }
         }
         // Anti-test: without the rules they stay as long as all others.
-        for backend in [&Backend::Nftnl(Timeouts::Kernel), &iptables] {
+        for backend in [&Backend::Nftnl(Timeouts::Kernel, None), &iptables] {
             apply(&world, backend, &desired);
             for way in ours(&world) {
                 let kept = way.kept(&world);
@@ -217,7 +217,7 @@ fn what_others_change_at_the_timeouts_is_noticed() {
         }
         // Where the kernel lacks timeouts, nothing of them is installed, and nothing is missed.
         for backend in
-            [Backend::Nftnl(Timeouts::Kernel), Backend::Nft("/usr/sbin/nft".into(), Timeouts::Kernel), iptables]
+            [Backend::Nftnl(Timeouts::Kernel, None), Backend::Nft("/usr/sbin/nft".into(), Timeouts::Kernel), iptables]
         {
             backend.apply(&ruleset).unwrap();
             assert!(backend.holds(&ruleset).unwrap(), "{backend:?}");

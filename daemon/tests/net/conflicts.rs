@@ -1,6 +1,6 @@
 //! What belongs to others stays theirs.
 
-use proxyvpnd::net::{Error, Stage};
+use proxyvpnd::net::{Error, Owned, Stage};
 use rustix::thread::{CapabilitySet, capabilities, set_capabilities};
 
 use crate::world::{World, chain, connect, desired, open, sh, snapshot};
@@ -24,7 +24,7 @@ fn a_device_of_that_name_is_refused() {
             assert!(matches!(&error, Error::NameTaken(name) if name == "pvpn0"), "{name}: {error:?}");
             let error = network.create_tunnel(desired.tunnel.as_ref().unwrap(), 1).await.unwrap_err();
             assert!(matches!(error, Error::NameTaken(_)), "{name}: {error:?}");
-            assert!(network.clean_up().await.errors.is_empty());
+            assert!(network.clean_up(Owned::Unexpected).await.errors.is_empty());
             assert_eq!(snapshot(), before, "{name}");
         });
     }
@@ -64,7 +64,7 @@ fn rules_and_routes_of_others_stay() {
         let findings = network.health(&desired()).await.unwrap();
         assert!(findings.iter().any(|finding| finding.code == "earlier-rule"), "{findings:?}");
         drop(fds);
-        let done = network.clean_up().await;
+        let done = network.clean_up(Owned::Unexpected).await;
         assert!(done.errors.is_empty(), "{:?}", done.errors);
         assert_eq!(snapshot(), before);
     });
@@ -105,7 +105,7 @@ fn one_capability_is_enough() {
         assert_eq!(network.firewall_name(), "nftnl");
         assert!(network.plan(&desired()).await.unwrap().is_empty());
         drop(fds);
-        let done = network.clean_up().await;
+        let done = network.clean_up(Owned::Unexpected).await;
         assert!(done.errors.is_empty(), "{:?}", done.errors);
         set_capabilities(None, whole).unwrap();
         assert_eq!(snapshot(), before);

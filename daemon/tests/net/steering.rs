@@ -7,7 +7,7 @@ use std::os::fd::OwnedFd;
 use std::time::{Duration, Instant};
 
 use proxyvpnd::net::desired::MARK;
-use proxyvpnd::net::{Stage, sockets};
+use proxyvpnd::net::{Owned, Stage, sockets};
 use socket2::{Domain, Socket, Type};
 
 use crate::world::{HOST, HOST6, PEER, PEER6, World, connect, desired, open, sh};
@@ -198,7 +198,7 @@ fn connections_work_with_every_reverse_path_filter() {
                 assert!(network.health(&desired()).await.unwrap().iter().any(|f| f.code == "reverse-path-filter"));
             }
             drop(fds);
-            assert!(network.clean_up().await.errors.is_empty(), "{name}");
+            assert!(network.clean_up(Owned::Unexpected).await.errors.is_empty(), "{name}");
         });
     }
 }

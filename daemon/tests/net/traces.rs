@@ -1,6 +1,6 @@
 //! After a connection the network is what it was.
 
-use proxyvpnd::net::Stage;
+use proxyvpnd::net::{Owned, Stage};
 
 use crate::world::{World, chain, connect, desired, open, sh, snapshot, text};
 
@@ -22,12 +22,12 @@ fn fifty_connections_leave_no_trace() {
             assert!(network.health(&desired()).await.unwrap().iter().all(|f| f.code != "steering-changed"));
             // Half of the time the engine still holds the device.
             let held = (round % 2 == 0).then_some(fds);
-            let done = network.clean_up().await;
+            let done = network.clean_up(Owned::Unexpected).await;
             assert!(done.errors.is_empty(), "{:?}", done.errors);
             assert_eq!(snapshot(), before, "round {round}");
             drop(held);
         }
-        assert!(network.clean_up().await.removed.is_empty(), "nothing was left to remove");
+        assert!(network.clean_up(Owned::Unexpected).await.removed.is_empty(), "nothing was left to remove");
         assert_eq!(std::fs::read_dir(&world.state).unwrap().count(), 0, "the journal is gone");
     });
 }
@@ -53,7 +53,7 @@ fn a_lost_or_broken_journal_does_not_stop_a_clean_up() {
             }
             let mut network = open(&world.state).await;
             assert_eq!(network.interrupted(), journal.is_some());
-            let done = network.clean_up().await;
+            let done = network.clean_up(Owned::Unexpected).await;
             assert!(done.errors.is_empty(), "{:?}", done.errors);
             assert!(done.removed.iter().any(|line| line.contains("pvpn0 type tun")), "{:?}", done.removed);
             assert_eq!(snapshot(), before);

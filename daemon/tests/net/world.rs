@@ -12,7 +12,7 @@ use std::{
 };
 
 use proxyvpnd::net::desired::{Desired, Exceptions, Tunnel};
-use proxyvpnd::net::{Network, Stage, Step};
+use proxyvpnd::net::{Keeping, Network, Stage, Step};
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 
 pub(crate) const HOST: Ipv4Addr = Ipv4Addr::new(192, 0, 2, 1);
@@ -158,7 +158,7 @@ pub(crate) async fn connect(network: &mut Network, desired: &Desired) -> Vec<Own
 }
 
 pub(crate) async fn open(state: &Path) -> Network {
-    Network::open(state).await.unwrap()
+    Network::open(state, Keeping::default()).await.unwrap()
 }
 
 pub(crate) fn text(steps: &[Step]) -> String {

@@ -1,6 +1,10 @@
 //! The way rules reach the kernel.
 
-use std::{borrow::Cow, path::PathBuf, sync::LazyLock};
+use std::{
+    borrow::Cow,
+    path::PathBuf,
+    sync::{Arc, LazyLock, Mutex, PoisonError},
+};
 
 use super::{
     compile::compile,
@@ -11,13 +15,16 @@ use super::{
     program::find,
     rules::Ruleset,
 };
-use crate::net::desired::{Desired, Exceptions, Tunnel};
+use crate::net::{
+    Keeping,
+    desired::{Desired, Exceptions, Tunnel},
+};
 
 /// The way rules reach the kernel.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Backend {
     /// libnftnl over netlink: `CAP_NET_ADMIN` is enough.
-    Nftnl(Timeouts),
+    Nftnl(Timeouts, Option<Owner>),
     /// The program `nft`, at this path; as root only.
     Nft(PathBuf, Timeouts),
     /// The iptables programs; as root only.
@@ -31,6 +38,52 @@ pub enum Timeouts {
     Ours,
     /// They keep the machine's.
     Kernel,
+}
+
+/// The socket that the table belongs to (nft's flag `owner`, Linux 5.12): nobody else can change the table, a flush of all
+/// rules passes over it, and it lives as long as the socket.
+#[derive(Debug, Clone)]
+pub struct Owner(Arc<Mutex<Netlink>>);
+
+impl PartialEq for Owner {
+    fn eq(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.0, &other.0)
+    }
+}
+
+impl Eq for Owner {}
+
+impl Owner {
+    /// The socket of an earlier process, or a new one that outlives this process. `None`: there is no place for it.
+    fn new(keeping: Keeping) -> Result<Option<Self>, Error> {
+        let adopted = keeping.firewall.and_then(|fd| {
+            let adopted = Netlink::adopt(fd);
+            adopted
+                .inspect_err(|error| tracing::warn!(error = chain(error), "the firewall's socket is not taken over"))
+                .ok()
+        });
+        let netlink = match (adopted, keeping.store) {
+            (Some(netlink), _) => netlink,
+            (None, None) => return Ok(None),
+            (None, Some(store)) => {
+                let mut netlink = Netlink::open_owner()?;
+                settle(|ruleset| netlink.probe(ruleset))?;
+                // Before there is a table: one whose socket is not kept would go with the process.
+                store.keep(Keeping::FIREWALL, netlink.fd()).map_err(Error::Socket)?;
+                netlink
+            }
+        };
+        Ok(Some(Self(Arc::new(Mutex::new(netlink)))))
+    }
+}
+
+/// Does something with the owner's socket, or with one for this alone.
+fn with<T>(owner: Option<&Owner>, work: impl FnOnce(&mut Netlink) -> Result<T, Error>) -> Result<T, Error> {
+    match owner {
+        // What a panic left half-done, the next request replaces as a whole.
+        Some(Owner(netlink)) => work(&mut netlink.lock().unwrap_or_else(PoisonError::into_inner)),
+        None => work(&mut Netlink::open()?),
+    }
 }
 
 /// A ruleset with every kind of rule, to ask for before anything is changed.
@@ -50,7 +103,7 @@ impl Backend {
     pub fn choose() -> Result<Self, Error> {
         let mut tried = vec![];
         match Netlink::open().and_then(|mut netlink| settle(|ruleset| netlink.probe(ruleset))) {
-            Ok(timeouts) => return Ok(Self::Nftnl(timeouts)),
+            Ok(timeouts) => return Ok(Self::Nftnl(timeouts, None)),
             Err(error) => tried.push(format!("nftnl: {}", chain(&error))),
         }
         if !rustix::process::geteuid().is_root() {
@@ -75,10 +128,22 @@ impl Backend {
         Err(Error::Unavailable { tried: tried.join("; "), advice })
     }
 
+    /// The same, whose table belongs to a socket that outlives this process, where the kernel and somebody who keeps the
+    /// socket allow it.
+    #[must_use]
+    pub fn owned(self, keeping: Keeping) -> Self {
+        let Self::Nftnl(timeouts, None) = self else { return self };
+        let owner = Owner::new(keeping).unwrap_or_else(|error| {
+            tracing::warn!(error = chain(&error), "the firewall's table gets no owner: other programs can remove it");
+            None
+        });
+        Self::Nftnl(timeouts, owner)
+    }
+
     /// The name for status and logs: `nftnl`, `nft` or `iptables`.
     pub fn name(&self) -> &'static str {
         match self {
-            Self::Nftnl(_) => "nftnl",
+            Self::Nftnl(..) => "nftnl",
             Self::Nft(..) => "nft",
             Self::Iptables(_) => "iptables",
         }
@@ -93,7 +158,8 @@ impl Backend {
         const FULL: &str = "ended connections stay in connection tracking for 120 s: some 1,100 new ones per second fill \
                             its table, and the kernel drops packets (net.netfilter.nf_conntrack_max)";
         let mut weaknesses = match self {
-            Self::Nftnl(_) => vec![FLUSH],
+            Self::Nftnl(_, Some(_)) => vec![],
+            Self::Nftnl(_, None) => vec![FLUSH],
             Self::Nft(..) => vec![FLUSH, "only root can use the nft program, so the daemon can't drop its privileges"],
             Self::Iptables(_) => vec![
                 "another administrator's program can flush the rules, or put its own in front of them",
@@ -111,7 +177,7 @@ impl Backend {
 
     fn timeouts(&self) -> Timeouts {
         match self {
-            Self::Nftnl(timeouts) | Self::Nft(_, timeouts) => *timeouts,
+            Self::Nftnl(timeouts, _) | Self::Nft(_, timeouts) => *timeouts,
             Self::Iptables(_) => Timeouts::Kernel,
         }
     }
@@ -132,7 +198,7 @@ impl Backend {
         ruleset.check()?;
         let ruleset = &self.fit(ruleset);
         match self {
-            Self::Nftnl(_) => Netlink::open()?.apply(ruleset),
+            Self::Nftnl(_, owner) => with(owner.as_ref(), |netlink| netlink.apply(ruleset)),
             Self::Nft(path, _) => nft::apply(path, ruleset),
             Self::Iptables(programs) => programs.apply(ruleset),
         }
@@ -145,7 +211,7 @@ impl Backend {
         }
         let ruleset = &self.fit(ruleset);
         let found = match self {
-            Self::Nftnl(_) => Netlink::open()?.verify(ruleset),
+            Self::Nftnl(_, owner) => with(owner.as_ref(), |netlink| netlink.verify(ruleset)),
             Self::Nft(path, _) => nft::verify(path, ruleset),
             Self::Iptables(programs) => programs.verify(ruleset),
         };
@@ -159,16 +225,16 @@ impl Backend {
     /// Removes what any backend made; nothing there is success. Goes on after an error and gives back the first.
     pub fn remove(&self) -> Result<(), Error> {
         let own = match self {
-            Self::Nftnl(_) => Netlink::open().and_then(|mut netlink| netlink.remove()),
+            Self::Nftnl(_, owner) => with(owner.as_ref(), Netlink::remove),
             Self::Nft(path, _) => nft::remove(path),
             // A kernel without nf_tables has no table either; where it has, another backend may have made one.
             Self::Iptables(programs) => {
-                drop(Netlink::open().and_then(|mut netlink| netlink.remove()));
+                drop(with(None, Netlink::remove));
                 programs.remove()
             }
         };
         let others = match self {
-            Self::Nftnl(_) | Self::Nft(..) if iptables_left() => match Programs::find() {
+            Self::Nftnl(..) | Self::Nft(..) if iptables_left() => match Programs::find() {
                 Some(programs) => programs.remove(),
                 None => Ok(()),
             },
@@ -180,7 +246,7 @@ impl Backend {
     /// Whether a firewall of ours is installed.
     pub fn present(&self) -> Result<bool, Error> {
         match self {
-            Self::Nftnl(_) => Netlink::open()?.present(),
+            Self::Nftnl(_, owner) => with(owner.as_ref(), Netlink::present),
             Self::Nft(path, _) => nft::present(path),
             Self::Iptables(programs) => programs.present(),
         }
@@ -207,7 +273,7 @@ fn iptables_left() -> bool {
     let legacy = ["/proc/thread-self/net/ip_tables_names", "/proc/thread-self/net/ip6_tables_names"]
         .iter()
         .any(|path| std::fs::read_to_string(path).is_ok_and(|names| !names.trim().is_empty()));
-    legacy || Netlink::open().and_then(|mut n| n.has_iptables_chain(iptables::PREFIX)).unwrap_or(false)
+    legacy || with(None, |netlink| netlink.has_iptables_chain(iptables::PREFIX)).unwrap_or(false)
 }
 
 /// An error with its causes, in one line.
@@ -240,7 +306,7 @@ mod tests {
         assert!(matches!(settle(lacks("ct timeout")), Ok(Timeouts::Kernel)));
         assert!(matches!(settle(lacks("fib ")), Err(Error::Refused { what, .. }) if what.contains("fib ")));
 
-        let (ours, kernel) = (Backend::Nftnl(Timeouts::Ours), Backend::Nftnl(Timeouts::Kernel));
+        let (ours, kernel) = (Backend::Nftnl(Timeouts::Ours, None), Backend::Nftnl(Timeouts::Kernel, None));
         assert_eq!(*ours.fit(&SAMPLE), *SAMPLE);
         assert_eq!(*kernel.fit(&SAMPLE), SAMPLE.without_timeout());
         let told = |backend: Backend| backend.weaknesses().iter().any(|text| text.contains("connection tracking"));

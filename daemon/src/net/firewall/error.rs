@@ -27,6 +27,9 @@ pub enum Error {
         #[source]
         source: io::Error,
     },
+    /// The table belongs to the socket of another process (nft's flag `owner`); nothing was changed.
+    #[error("the firewall's table belongs to another process, and only that one can change it: end it, then try again")]
+    Owned,
     /// What is installed is not what was sent: something else changes the table.
     #[error("the firewall was set, but reads back differently ({0}); does another program change the table?")]
     Differs(String),

@@ -18,7 +18,7 @@ mod program;
 mod rules;
 mod text;
 
-pub use backend::{Backend, Timeouts};
+pub use backend::{Backend, Owner, Timeouts};
 pub use compile::{BYPASS_CT_MARK, MAX_SESSIONS, compile};
 pub use error::Error;
 pub use iptables::Programs;

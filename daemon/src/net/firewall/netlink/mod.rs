@@ -4,6 +4,7 @@
 //! - `batch`: one transaction
 //! - `request`: what is asked for
 //! - `socket`: sending, and matching answers by sequence number
+//! - `table`: the table itself
 //! - `sys`: what nftnl has no safe wrapper for
 //! - `timeout`: the object that holds a timeout
 
@@ -12,14 +13,19 @@ mod lower;
 mod request;
 mod socket;
 mod sys;
+mod table;
 mod timeout;
 
-use std::{ffi::CStr, io};
+use std::{
+    ffi::CStr,
+    io,
+    os::fd::{BorrowedFd, OwnedFd},
+};
 
 use nftnl::{MsgType, ProtoFamily, Table};
 use rustix::io::Errno;
 
-use self::{batch::Transaction, socket::Socket};
+use self::{batch::Transaction, socket::Socket, sys::Raw};
 use super::{error::Error, rules::Ruleset};
 
 /// [`NFT_TABLE`](crate::net::desired::NFT_TABLE) for C.
@@ -27,71 +33,96 @@ const TABLE: &CStr = c"proxyvpn";
 /// Table of the probe. It is made and deleted in one transaction and so never seen.
 const PROBE: &CStr = c"proxyvpn-probe";
 
-/// The firewall's connection to the kernel. While it is kept, a table can belong to it.
-pub(super) struct Netlink(Socket);
+/// The firewall's connection to the kernel.
+#[derive(Debug)]
+pub(super) struct Netlink {
+    socket: Socket,
+    /// The table belongs to this socket: nobody else can change it, and it goes when the last copy is closed.
+    owner: bool,
+}
 
 impl Netlink {
     /// Opens a connection to the firewall of the calling thread's network namespace.
     pub(super) fn open() -> Result<Self, Error> {
-        Socket::open().map(Self)
+        Socket::open().map(|socket| Self { socket, owner: false })
+    }
+
+    /// The same, and tables made through it belong to it.
+    pub(super) fn open_owner() -> Result<Self, Error> {
+        Ok(Self { owner: true, ..Self::open()? })
+    }
+
+    /// The connection of an earlier process, to which its table belongs.
+    pub(super) fn adopt(fd: OwnedFd) -> Result<Self, Error> {
+        Socket::adopt(fd).map(|socket| Self { socket, owner: true })
+    }
+
+    /// Its descriptor.
+    pub(super) fn fd(&self) -> BorrowedFd<'_> {
+        self.socket.fd()
     }
 
     /// Asks the kernel whether it would take these rules, and leaves nothing. The chains get no hook, so that no packet
     /// can meet them.
     pub(super) fn probe(&mut self, ruleset: &Ruleset) -> Result<(), Error> {
-        let table = Table::new(PROBE, ProtoFamily::Inet);
         let mut transaction = Transaction::default();
-        transaction.add(&table, MsgType::Add, "table inet proxyvpn-probe");
-        transaction.add_ruleset(&table, ruleset, false);
-        transaction.add(&table, MsgType::Del, "delete table inet proxyvpn-probe");
-        self.0.commit(transaction).map(|_| ())
+        add_table(&mut transaction, PROBE, self.owner);
+        transaction.add_ruleset(&Table::new(PROBE, ProtoFamily::Inet), ruleset, false);
+        delete_table(&mut transaction, PROBE);
+        self.socket.commit(transaction).map(|_| ())
     }
 
     /// Puts these rules in place of older ones, in one transaction, and compares what is then there.
     pub(super) fn apply(&mut self, ruleset: &Ruleset) -> Result<(), Error> {
-        let sent = self.0.commit(replacement(ruleset))?;
+        let sent = self.socket.commit(replacement(ruleset, self.owner))?;
         self.read_back(&sent)
     }
 
     /// Compares what is there with these rules; [`Error::Differs`] if that is not the same.
     pub(super) fn verify(&mut self, ruleset: &Ruleset) -> Result<(), Error> {
-        let (bytes, _) = replacement(ruleset).finish();
+        let (bytes, _) = replacement(ruleset, self.owner).finish();
         let sent: Vec<Vec<u8>> = socket::messages(&bytes).map(<[u8]>::to_vec).collect();
         self.read_back(&sent)
     }
 
     fn read_back(&mut self, sent: &[Vec<u8>]) -> Result<(), Error> {
-        let chains = self.0.request(request::chains(ProtoFamily::Inet))?;
-        let rules = self.0.request(request::rules(TABLE))?;
-        let objects = self.0.request(request::objects(TABLE))?;
+        if self.owner && self.owner_of_table()? != Some(self.socket.port()?) {
+            return Err(Error::Differs("the table does not belong to the daemon".to_owned()));
+        }
+        let chains = self.socket.request(request::chains(ProtoFamily::Inet))?;
+        let rules = self.socket.request(request::rules(TABLE))?;
+        let objects = self.socket.request(request::objects(TABLE))?;
         compare(sent, &chains, &rules, &objects)
     }
 
     /// Removes the table; none is fine.
     pub(super) fn remove(&mut self) -> Result<(), Error> {
-        let table = Table::new(TABLE, ProtoFamily::Inet);
         let mut transaction = Transaction::default();
-        transaction.add(&table, MsgType::Add, "table inet proxyvpn");
-        transaction.add(&table, MsgType::Del, "delete table inet proxyvpn");
-        self.0.commit(transaction).map(|_| ())
+        add_table(&mut transaction, TABLE, false);
+        delete_table(&mut transaction, TABLE);
+        self.socket.commit(transaction).map(|_| ())
     }
 
-    /// Whether the table is there.
-    pub(super) fn present(&mut self) -> Result<bool, Error> {
-        let request = request::table(TABLE);
-        match self.0.request(request) {
-            Ok(_) => Ok(true),
+    /// Port of the netlink socket to which the table belongs, 0 if to none; `None` if there is no table.
+    pub(super) fn owner_of_table(&mut self) -> Result<Option<u32>, Error> {
+        match self.socket.request(request::table(TABLE)) {
+            Ok(answer) => Ok(answer.iter().find_map(|message| table::owner(message))),
             Err(Error::Refused { source, .. }) if source.raw_os_error() == Some(Errno::NOENT.raw_os_error()) => {
-                Ok(false)
+                Ok(None)
             }
             Err(error) => Err(error),
         }
     }
 
+    /// Whether the table is there.
+    pub(super) fn present(&mut self) -> Result<bool, Error> {
+        self.owner_of_table().map(|owner| owner.is_some())
+    }
+
     /// Names of chains in iptables' own tables (`ip` and `ip6`) that start with `prefix`.
     pub(super) fn has_iptables_chain(&mut self, prefix: &str) -> Result<bool, Error> {
         for family in [ProtoFamily::Ipv4, ProtoFamily::Ipv6] {
-            let messages = self.0.request(request::chains(family))?;
+            let messages = self.socket.request(request::chains(family))?;
             if messages.iter().filter_map(|m| sys::chain(m)).any(|chain| chain.name.starts_with(prefix)) {
                 return Ok(true);
             }
@@ -100,15 +131,25 @@ impl Netlink {
     }
 }
 
-/// These rules in place of older ones.
-fn replacement(ruleset: &Ruleset) -> Transaction {
-    let table = Table::new(TABLE, ProtoFamily::Inet);
+/// These rules in place of older ones, whether the table had an owner or not. `owned`: it belongs to the sending socket.
+fn replacement(ruleset: &Ruleset, owned: bool) -> Transaction {
     let mut transaction = Transaction::default();
-    transaction.add(&table, MsgType::Add, "table inet proxyvpn");
-    transaction.add(&table, MsgType::Del, "delete table inet proxyvpn");
-    transaction.add(&table, MsgType::Add, "table inet proxyvpn");
-    transaction.add_ruleset(&table, ruleset, true);
+    add_table(&mut transaction, TABLE, false);
+    delete_table(&mut transaction, TABLE);
+    add_table(&mut transaction, TABLE, owned);
+    transaction.add_ruleset(&Table::new(TABLE, ProtoFamily::Inet), ruleset, true);
     transaction
+}
+
+fn add_table(transaction: &mut Transaction, name: &CStr, owned: bool) {
+    let flags = if owned { " { flags owner; }" } else { "" };
+    let label = format!("table inet {}{flags}", name.to_string_lossy());
+    transaction.add(&Raw(table::add(name, ProtoFamily::Inet, owned)), MsgType::Add, label);
+}
+
+fn delete_table(transaction: &mut Transaction, name: &CStr) {
+    let label = format!("delete table inet {}", name.to_string_lossy());
+    transaction.add(&Raw(table::delete(name, ProtoFamily::Inet)), MsgType::Del, label);
 }
 
 /// Compares objects, chains and rules that are installed, expression by expression, with those that were sent.
@@ -154,10 +195,7 @@ fn refused(what: Option<&str>, errno: i32) -> Error {
     match Errno::from_raw_os_error(errno) {
         // The capability is asked for before the first part is looked at.
         Errno::PERM | Errno::ACCESS if whole => Error::Privilege,
-        Errno::PERM | Errno::ACCESS => {
-            let hint = "; another process owns the table and only that one can change it: end it first".to_owned();
-            Error::Refused { what, hint, source }
-        }
+        Errno::PERM | Errno::ACCESS => Error::Owned,
         Errno::NOENT | Errno::OPNOTSUPP | Errno::PROTONOSUPPORT | Errno::AFNOSUPPORT => {
             let modules = modules(&what);
             let hint =
@@ -246,7 +284,7 @@ mod tests {
         let error = refused(Some("inet proxyvpn prerouting fib daddr type local meta mark set 0x7076706e"), 2);
         assert!(error.to_string().contains("modprobe nf_tables nft_fib_inet)"), "{error}");
         assert!(matches!(refused(None, 1), Error::Privilege));
-        assert!(refused(Some("table"), 1).to_string().contains("another process owns"));
+        assert!(matches!(refused(Some("table"), 1), Error::Owned));
         assert_eq!(TABLE.to_str(), Ok(crate::net::desired::NFT_TABLE));
     }
 }

@@ -6,6 +6,10 @@ use nftnl::{ProtoFamily, nftnl_sys::libc};
 
 /// `NFTA_TABLE_NAME`, `NFTA_RULE_TABLE` and `NFTA_OBJ_TABLE` (linux/netfilter/nf_tables.h).
 const NAME: u16 = 1;
+/// The bits of an attribute's type without `NLA_F_NESTED` and `NLA_F_NET_BYTEORDER` (linux/netlink.h).
+const TYPE: u16 = 0x3fff;
+/// `struct nlmsghdr` and `struct nfgenmsg`.
+const HEADERS: usize = 20;
 
 /// One table of the family `inet`.
 pub(super) fn table(table: &CStr) -> Vec<u8> {
@@ -64,4 +68,24 @@ pub(super) fn attribute(kind: u16, value: &[u8]) -> Vec<u8> {
 pub(super) fn patch_length(message: &mut [u8]) {
     let length = message.len() as u32;
     message[..4].copy_from_slice(&length.to_ne_bytes());
+}
+
+/// The attributes of a message of this kind; `None` if it is another one, or cut.
+pub(super) fn body(message: &[u8], kind: i32) -> Option<&[u8]> {
+    let length = usize::try_from(u32::from_ne_bytes(message.get(..4)?.try_into().ok()?)).ok()?;
+    let found = u16::from_ne_bytes(message.get(4..6)?.try_into().ok()?);
+    message.get(HEADERS..length).filter(|_| found == ((libc::NFNL_SUBSYS_NFTABLES as u16) << 8) | kind as u16)
+}
+
+/// The value of the first attribute of this type; empty if there is none.
+pub(super) fn find(mut bytes: &[u8], kind: u16) -> &[u8] {
+    while let [a, b, c, d, ..] = *bytes {
+        let length = usize::from(u16::from_ne_bytes([a, b]));
+        let Some(value) = bytes.get(4..length) else { break };
+        if u16::from_ne_bytes([c, d]) & TYPE == kind {
+            return value;
+        }
+        bytes = bytes.get(length.next_multiple_of(4)..).unwrap_or_default();
+    }
+    &[]
 }

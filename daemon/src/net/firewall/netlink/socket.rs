@@ -2,7 +2,7 @@
 
 use std::{
     io,
-    os::fd::OwnedFd,
+    os::fd::{AsFd as _, BorrowedFd, OwnedFd},
     time::{Duration, Instant},
 };
 
@@ -10,7 +10,7 @@ use rustix::{
     event::{PollFd, PollFlags, Timespec, poll},
     io::Errno,
     net::{
-        AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType, bind,
+        AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType, bind, getsockname,
         netlink::{self, SocketAddrNetlink},
         recv, send, socket_with, sockopt,
     },
@@ -25,6 +25,8 @@ const TIMEOUT: Duration = Duration::from_secs(5);
 const DUMP_ATTEMPTS: u32 = 8;
 /// Bound on what one listing may hold.
 const MAX_MESSAGES: usize = 1 << 20;
+/// Bound on what an earlier process may have left unread.
+const MAX_UNREAD: u32 = 1 << 16;
 /// Larger than any message that the kernel sends on such a socket (`NLMSG_GOODSIZE` is at most 32 KiB for dumps).
 const BUFFER: usize = 1 << 17;
 
@@ -37,6 +39,7 @@ const NLM_F_DUMP_INTR: u16 = 16;
 const HEADER: usize = 16;
 
 /// The socket, with the next unused sequence number.
+#[derive(Debug)]
 pub(super) struct Socket {
     fd: OwnedFd,
     sequence: u32,
@@ -80,6 +83,36 @@ impl Socket {
         })?;
         bind(&fd, &SocketAddrNetlink::new(0, 0)).map_err(socket_error)?;
         Ok(Self { fd, sequence: 1 })
+    }
+
+    /// Goes on with a socket of an earlier process. What it has not read is thrown away: it could be taken for an answer, and
+    /// a lost answer would fail the first read.
+    pub(super) fn adopt(fd: OwnedFd) -> Result<Self, Error> {
+        let ours = sockopt::socket_domain(&fd).map_err(socket_error)? == AddressFamily::NETLINK
+            && sockopt::socket_protocol(&fd).map_err(socket_error)? == Some(netlink::NETFILTER);
+        if !ours {
+            return Err(Error::Socket(io::Error::new(io::ErrorKind::InvalidInput, "not a socket of the firewall")));
+        }
+        let mut buffer = vec![0; BUFFER];
+        for _ in 0..MAX_UNREAD {
+            match recv(&fd, &mut buffer, RecvFlags::DONTWAIT | RecvFlags::TRUNC) {
+                Err(Errno::AGAIN) => return Ok(Self { fd, sequence: 1 }),
+                Ok(_) | Err(Errno::INTR | Errno::NOBUFS) => {}
+                Err(error) => return Err(socket_error(error)),
+            }
+        }
+        Err(Error::Differs("the socket never runs empty".to_owned()))
+    }
+
+    /// The descriptor.
+    pub(super) fn fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
+    }
+
+    /// The port by which the kernel knows this socket (netlink(7)).
+    pub(super) fn port(&self) -> Result<u32, Error> {
+        let address = getsockname(&self.fd).and_then(SocketAddrNetlink::try_from).map_err(socket_error)?;
+        Ok(address.pid())
     }
 
     /// Sends a transaction and waits for its end. Gives back its messages.

@@ -5,7 +5,7 @@ use std::ffi::CStr;
 
 use nftnl::nftnl_sys::libc;
 
-use super::request::{attribute, header, patch_length};
+use super::request::{attribute, body, find, header, patch_length};
 use crate::net::firewall::rules::Timeout;
 
 /// `NFTA_OBJ_*` (linux/netfilter/nf_tables.h).
@@ -21,11 +21,8 @@ const L4PROTO: u16 = 2;
 const POLICY: u16 = 3;
 /// `CTA_TIMEOUT_TCP_TIME_WAIT` (linux/netfilter/nfnetlink_cttimeout.h).
 const TIME_WAIT: u16 = 7;
-/// `NLA_F_NESTED`, and the bits of an attribute's type without it and `NLA_F_NET_BYTEORDER` (linux/netlink.h).
+/// `NLA_F_NESTED` (linux/netlink.h).
 const NESTED: u16 = 1 << 15;
-const TYPE: u16 = 0x3fff;
-/// `struct nlmsghdr` and `struct nfgenmsg`.
-const HEADERS: usize = 20;
 
 /// An object as the kernel or a transaction describes it.
 #[derive(Debug, Default, PartialEq, Eq)]
@@ -59,10 +56,7 @@ pub(super) fn add(table: &CStr, timeout: &Timeout) -> Vec<u8> {
 
 /// Parses a message about a new object; `None` if it is none. Of a timeout's limits only what [`add`] names is kept.
 pub(super) fn object(message: &[u8]) -> Option<Object> {
-    let kind = u16::from_ne_bytes(message.get(4..6)?.try_into().ok()?);
-    let length = usize::try_from(u32::from_ne_bytes(message.get(..4)?.try_into().ok()?)).ok()?;
-    let new = ((libc::NFNL_SUBSYS_NFTABLES as u16) << 8) | libc::NFT_MSG_NEWOBJ as u16;
-    let body = message.get(HEADERS..length).filter(|_| kind == new)?;
+    let body = body(message, libc::NFT_MSG_NEWOBJ)?;
     let data = find(body, OBJ_DATA);
     let string = |kind| find(body, kind).split(|byte| *byte == 0).next().unwrap_or_default().to_vec();
     Some(Object {
@@ -72,19 +66,6 @@ pub(super) fn object(message: &[u8]) -> Option<Object> {
         protocol: find(data, L4PROTO).to_vec(),
         time_wait: find(find(data, POLICY), TIME_WAIT).to_vec(),
     })
-}
-
-/// The value of the first attribute of this type; empty if there is none.
-fn find(mut bytes: &[u8], kind: u16) -> &[u8] {
-    while let [a, b, c, d, ..] = *bytes {
-        let length = usize::from(u16::from_ne_bytes([a, b]));
-        let Some(value) = bytes.get(4..length) else { break };
-        if u16::from_ne_bytes([c, d]) & TYPE == kind {
-            return value;
-        }
-        bytes = bytes.get(length.next_multiple_of(4)..).unwrap_or_default();
-    }
-    &[]
 }
 
 #[cfg(test)]
