@@ -34,11 +34,14 @@ pub(crate) async fn stopped_for_good() -> bool {
     deliberate && !restarts().await
 }
 
-/// Whether systemd keeps descriptors for this service. It drops what is over the limit, which is 0 by default, without a word.
-/// Where systemd does not run, whoever takes notifications is trusted.
+/// Whether somebody keeps descriptors for this service. systemd drops what is over its limit, which is 0 by default, without a
+/// word. From version 254 on it tells the limit in the environment (systemd.exec(5)), as does who stands in for it.
 pub(crate) async fn keeps_descriptors() -> bool {
+    if let Ok(limit) = std::env::var("FDSTORE") {
+        return limit.parse::<u32>().is_ok_and(|limit| limit > 0);
+    }
     if !sd_notify::booted().unwrap_or(false) {
-        return true;
+        return false;
     }
     match tokio::time::timeout(TIMEOUT, store_size()).await {
         Ok(Ok(size)) => size > 0,
