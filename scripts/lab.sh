@@ -325,7 +325,7 @@ lab_forget() { lab_exec app "$LAB_PYTHON" "$ROOT/scripts/lab-hold.py" end "$LAB/
 lab_cleanup() {
   local status=0
   lab_as_proxyvpn "-all,+net_admin"
-  lab_exec app "${AS[@]}" "$(lab_bin)" --cleanup --state-dir "$LAB/lib" --runtime-dir /run/proxyvpn || status=$?
+  lab_exec app SERVICE_RESULT=success "${AS[@]}" "$(lab_bin)" --cleanup --stop-post --state-dir "$LAB/lib" --runtime-dir /run/proxyvpn || status=$?
   lab_forget
   return "$status"
 }
