@@ -14,6 +14,8 @@ pub const MAX_SERVERS: usize = 8;
 const MAX_SEARCH: usize = 6;
 /// What a larger file has behind this is not read.
 const MAX_FILE: u64 = 64 * 1024;
+/// Links behind each other that are followed.
+const MAX_LINKS: usize = 8;
 /// glibc's bound (`RES_MAXNDOTS`).
 const MAX_NDOTS: usize = 15;
 
@@ -110,6 +112,23 @@ pub fn find(given: &[IpAddr], paths: &Paths) -> Resolvers {
         return choose(given, None, None);
     }
     choose(given, read(&paths.resolv_conf).as_deref(), read(&paths.resolved).as_deref())
+}
+
+/// The folders in which a change of the servers shows: those of the files, and of what they are links to. For one that is not
+/// there, the nearest above it.
+#[must_use]
+pub fn folders(paths: &Paths) -> Vec<PathBuf> {
+    let mut folders = vec![];
+    for path in [&paths.resolv_conf, &paths.resolved] {
+        let mut path = path.clone();
+        for _ in 0..MAX_LINKS {
+            let folder = path.ancestors().skip(1).find(|folder| folder.is_dir()).map(Path::to_path_buf);
+            folders.extend(folder.filter(|folder| !folders.contains(folder)));
+            let Ok(target) = std::fs::read_link(&path) else { break };
+            path = path.parent().unwrap_or(Path::new("/")).join(target);
+        }
+    }
+    folders
 }
 
 /// [`find`] over the contents of the files; `None` for one that is not there.
@@ -269,6 +288,25 @@ mod tests {
         assert_eq!(choose(&[], Some(text), None).addresses, addresses("192.0.2.1 fe80::1"));
         assert_eq!(parse("search a\ndomain Corp.Example.\n").search, ["corp.example"]);
         assert_eq!(parse("").ndots, 1);
+    }
+
+    #[test]
+    fn the_folders_are_those_of_links_and_of_what_they_lead_to() {
+        let dir = crate::test_dir::TestDir::new("resolver-folders");
+        for folder in ["etc", "run", "run/other"] {
+            std::fs::create_dir(dir.path(folder)).unwrap();
+        }
+        let paths = Paths { resolv_conf: dir.path("etc/resolv.conf"), resolved: dir.path("run/resolve/resolv.conf") };
+        let names = || -> Vec<String> {
+            let root = dir.path("");
+            folders(&paths).iter().map(|path| path.strip_prefix(&root).unwrap().display().to_string()).collect()
+        };
+        assert_eq!(names(), ["etc", "run"]);
+        std::os::unix::fs::symlink("../run/other/stub.conf", &paths.resolv_conf).unwrap();
+        std::fs::create_dir(dir.path("run/resolve")).unwrap();
+        assert_eq!(names(), ["etc", "etc/../run/other", "run/resolve"]);
+        std::os::unix::fs::symlink("stub.conf", dir.path("run/other/stub.conf")).unwrap();
+        assert_eq!(names(), ["etc", "etc/../run/other", "run/resolve"], "a link to itself ends");
     }
 
     #[test]

@@ -28,6 +28,10 @@ reason_codes! {
     TunExists = "tun-exists",
     /// The proxy's name has no address.
     UpstreamUnresolvable = "upstream-unresolvable",
+    /// This machine has no connection or no default route.
+    NoUplink = "no-uplink",
+    /// There is a network, but no route to the proxy.
+    NoRoute = "no-route",
     /// No TCP connection to the proxy.
     UpstreamUnreachable = "upstream-unreachable",
     /// The proxy accepted the connection and did not answer in time.
@@ -44,6 +48,10 @@ reason_codes! {
     CredentialUnavailable = "credential-unavailable",
     /// The firewall could not be applied.
     FirewallFailed = "firewall-failed",
+    /// Another program holds or replaces the firewall's table.
+    FirewallTaken = "firewall-taken",
+    /// Another program has routes in the routing table, or changes routes and rules again and again.
+    RoutesTaken = "routes-taken",
     /// A link, address, route, rule or sysctl could not be changed.
     NetworkFailed = "network-failed",
     /// The tunnel device vanished.

@@ -4,6 +4,7 @@ long N     Connect with a profile name of N bytes; prints the reply
 vanish     Connect to the profile "slow" and leave at once
 linger     the same, but leave half a second later, without having read a reply
 flood N    N Status calls at once, then leave
+awake      as root: take logind's name and say that the machine woke up
 """
 
 import os
@@ -31,13 +32,16 @@ def field(code, signature, value):
 
 
 def call(serial, destination, path, interface, member, signature="", body=b""):
+    return message(1, serial, [(1, "o", path), (6, "s", destination), (2, "s", interface), (3, "s", member)], signature, body)
+
+
+def message(kind, serial, entries, signature, body):
     fields = b""
-    entries = [(1, "o", path), (6, "s", destination), (2, "s", interface), (3, "s", member)]
     if signature:
         entries.append((8, "g", signature))
     for entry in entries:
         fields = align(fields, 8) + field(*entry)
-    header = b"l\1\0\1" + struct.pack("<III", len(body), serial, len(fields)) + fields
+    header = b"l" + bytes([kind, 0, 1]) + struct.pack("<III", len(body), serial, len(fields)) + fields
     return align(header, 8) + body
 
 
@@ -86,6 +90,17 @@ def main():
         elif case == "flood":
             for serial in range(2, 2 + int(sys.argv[2])):
                 bus.sendall(call(serial, "org.proxyvpn1", "/org/proxyvpn1", "org.proxyvpn1.Manager", "Status"))
+            return
+        elif case == "awake":
+            name = align(text("org.freedesktop.login1"), 4) + struct.pack("<I", 0)
+            bus.sendall(call(2, "org.freedesktop.DBus", "/org/freedesktop/DBus", "org.freedesktop.DBus", "RequestName", "su", name))
+            while (got := read_message(bus))[0] not in (2, 3):
+                pass
+            if got[0] == 3:
+                sys.exit("the name of logind is not to be had")
+            entries = [(1, "o", "/org/freedesktop/login1"), (2, "s", "org.freedesktop.login1.Manager"), (3, "s", "PrepareForSleep")]
+            bus.sendall(message(4, 3, entries, "b", struct.pack("<I", 0)))
+            time.sleep(0.5)
             return
         while True:
             kind, rest = read_message(bus)

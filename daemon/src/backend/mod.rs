@@ -4,6 +4,8 @@
 //! - [`inspect`]: plan, diagnosis, flows and counters, beside the states
 //! - `engine`: the engine while it runs, shared by the two
 //! - `upstream`: from a profile to a connector: look-up, password, the loop that a local proxy would make
+//! - `lookout`: what happens around while a connection is wanted
+//! - `question`: asking the upstream beside everything else
 //! - `shortage`: what this machine runs out of
 //! - `network`: from a profile to a desired network
 //! - `caches`: flushing DNS caches
@@ -13,7 +15,9 @@ mod caches;
 mod checks;
 mod engine;
 pub mod inspect;
+mod lookout;
 mod network;
 pub mod proxy;
+mod question;
 mod shortage;
 mod upstream;

@@ -7,7 +7,7 @@ use proxyvpn_dbus::ReasonCode;
 use crate::config::profile::{Backend, Profile};
 use crate::machine::Failure;
 use crate::net::desired::{Desired, Exceptions, Tunnel};
-use crate::net::{self, firewall};
+use crate::net::{self, Cut, firewall};
 use crate::resolvers::{self, Resolvers};
 
 /// The network that `profile` wants, and where its resolvers come from.
@@ -40,8 +40,9 @@ fn wanted(profile: &Profile) -> (Desired, Resolvers) {
 }
 
 /// The network of `profile` without a way for the traffic. Also for what cannot be connected: it may be wanted all the same.
-pub(super) fn blocked(profile: &Profile) -> Desired {
-    Desired { tunnel: None, ..wanted(profile).0 }
+pub(super) fn blocked(profile: &Profile) -> (Desired, Option<Resolvers>) {
+    let (desired, resolvers) = wanted(profile);
+    (Desired { tunnel: None, ..desired }, Some(resolvers))
 }
 
 /// The network when it is not known what was wanted: nothing leaves.
@@ -56,10 +57,43 @@ pub(super) fn failure(error: &net::Error) -> Failure {
         net::Error::TunUnavailable(_) => ReasonCode::TunUnavailable,
         net::Error::NameTaken(_) => ReasonCode::TunExists,
         net::Error::TunnelMissing(_) => ReasonCode::DeviceLost,
+        net::Error::Firewall(error) if error.taken() => ReasonCode::FirewallTaken,
         net::Error::Firewall(_) => ReasonCode::FirewallFailed,
+        net::Error::TableTaken { .. } | net::Error::Differs(_) => ReasonCode::RoutesTaken,
         _ => ReasonCode::NetworkFailed,
     };
     Failure::from_error(code, error)
+}
+
+/// Why nothing can reach the upstream, in the user's words.
+pub(super) fn cut(cut: &Cut) -> Failure {
+    let (code, text) = match cut {
+        Cut::NoConnection => (
+            ReasonCode::NoUplink,
+            "The network is down: no network device of this machine has a connection. Plug in a cable or join a Wi-Fi; the rest \
+             follows by itself"
+                .to_owned(),
+        ),
+        Cut::NoCarrier(device) => (
+            ReasonCode::NoUplink,
+            format!("The network is down: the device {device} has no connection. Plug in its cable or join its network; the rest follows by itself"),
+        ),
+        Cut::NoDefaultRoute => (
+            ReasonCode::NoUplink,
+            "The network is down: this machine has no default route (`ip route`). Does the network give it an address? The rest \
+             follows by itself"
+                .to_owned(),
+        ),
+        Cut::NoRoute(addresses) => (
+            ReasonCode::NoRoute,
+            format!(
+                "There is a network, but this machine has no route to the proxy ({}). Look at `ip route get {}`",
+                texts(addresses).join(", "),
+                addresses.first().map(ToString::to_string).unwrap_or_default()
+            ),
+        ),
+    };
+    Failure::new(code, text)
 }
 
 /// Addresses as text.
@@ -77,7 +111,7 @@ mod tests {
         let text = "backend = \"torvm\"\nautoconnect = true\n[protect]\nlan = [\"192.168.1.0/24\"]";
         let profile = crate::config::parse::profile("tor", "tor.toml", text).unwrap();
         assert_eq!(desired(&profile).unwrap_err().code, ReasonCode::NotSupported);
-        let blocked = blocked(&profile);
+        let (blocked, _) = blocked(&profile);
         assert!(blocked.tunnel.is_none() && blocked.killswitch);
         assert_eq!(blocked.exceptions.lan, profile.protect.lan);
     }

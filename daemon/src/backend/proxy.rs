@@ -1,7 +1,8 @@
 //! The proxy backend: TUN device and packet engine.
 
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
+use std::pin::pin;
 use std::sync::Arc;
 
 use proxyvpn_dbus::ReasonCode;
@@ -9,20 +10,22 @@ use proxyvpn_dbus::types::HealthItem;
 use proxyvpn_engine::Engine;
 use proxyvpn_engine::config::{Config, Limits};
 use proxyvpn_engine::event::Event;
-use proxyvpn_engine::upstream::{ConnectError, Connector, Shortage, Upstream};
+use proxyvpn_engine::upstream::{Connector, Shortage, Upstream};
 use tokio::sync::mpsc;
 use tokio::time::Instant;
 use zbus::Connection;
 
 use super::engine::EngineSlot;
 use super::inspect::ProxyInspector;
+use super::lookout::{Disturbance, Lookout};
 use super::network::{self, texts};
+use super::question::Question;
 use super::shortage::Shortages;
 use super::{caches, upstream};
 use crate::machine::world::{Facts, Fault, Inspector, World};
 use crate::machine::{Failure, Phase, Request};
-use crate::net::desired::{Desired, Tunnel};
-use crate::net::{self, Finding, Keeping, Network, Owned, Severity, Stage};
+use crate::net::desired::{Desired, Exceptions, Tunnel};
+use crate::net::{self, Keeping, Network, Owned, Stage};
 use crate::resolvers::{self, Origin, Resolvers};
 
 /// Events that may wait; the engine coalesces what does not fit.
@@ -44,8 +47,14 @@ pub struct Proxy {
     desired: Option<Desired>,
     resolvers: Option<Resolvers>,
     connector: Option<Arc<Connector>>,
-    /// The engine suspects the upstream; a probe will decide.
-    suspicious: bool,
+    /// What is applied, and put back when others change it.
+    in_force: Option<Desired>,
+    lookout: Lookout,
+    question: Question,
+    /// The upstream's answer to it was no; to be told.
+    refused: Option<Failure>,
+    /// What runs can't go on; to be told.
+    broken: Option<Failure>,
     shortages: Shortages,
     /// Whether the firewall is in force, and whether it blocks.
     applied: bool,
@@ -67,7 +76,11 @@ impl Proxy {
             desired: None,
             resolvers: None,
             connector: None,
-            suspicious: false,
+            in_force: None,
+            lookout: Lookout::default(),
+            question: Question::default(),
+            refused: None,
+            broken: None,
             shortages: Shortages::default(),
             applied: false,
         }
@@ -102,7 +115,20 @@ impl Proxy {
     async fn resolve_upstream(&mut self, request: &Request) -> Result<(), Failure> {
         let own = self.network().await?.own_addresses().await.map_err(|error| network::failure(&error))?;
         let resolvers = self.resolvers.as_ref().map(|found| found.for_lookup().to_vec()).unwrap_or_default();
-        self.connector = Some(Arc::new(upstream::connector(request, &resolvers, &own).await?));
+        self.connector = None;
+        self.lookout.another_upstream();
+        let mut work = pin!(upstream::connector(request, &resolvers, &own));
+        let found = loop {
+            tokio::select! {
+                found = &mut work => break found,
+                what = self.lookout.next() => self.attend(what).await,
+            }
+        };
+        match found {
+            Ok(connector) => self.connector = Some(Arc::new(connector)),
+            Err(failure) => return Err(self.explain(failure).await),
+        }
+        self.lookout.another_upstream();
         Ok(())
     }
 
@@ -133,17 +159,147 @@ impl Proxy {
     }
 
     /// The resolvers that the present profile would let through now; `None` when it names its own, or when no file can be opened.
-    fn resolvers_now(&self) -> Option<Vec<IpAddr>> {
+    fn resolvers_now(&self) -> Option<Resolvers> {
         if self.shortages.shows(Shortage::Descriptors) {
             return None;
         }
         let named = self.resolvers.as_ref()?.origin == Origin::Given;
-        (!named).then(|| resolvers::find(&[], &resolvers::Paths::default()).addresses)
+        (!named).then(|| resolvers::find(&[], &resolvers::Paths::default()))
     }
 
-    async fn ask_upstream(&self) -> Result<Result<(), ConnectError>, Failure> {
+    /// Lets the DNS servers through that the machine uses now, and no others.
+    async fn follow_resolvers(&mut self) {
+        let (Some(found), Some(in_force)) = (self.resolvers_now(), self.in_force.clone()) else { return };
+        if in_force.exceptions.resolvers == found.addresses {
+            self.resolvers = Some(found);
+            return;
+        }
+        let servers = if found.addresses.is_empty() { "none".to_owned() } else { texts(&found.addresses).join(", ") };
+        tracing::info!("the DNS servers changed: {servers}");
+        let changed = |desired: Desired| {
+            let exceptions = Exceptions { resolvers: found.addresses.clone(), ..desired.exceptions };
+            Desired { exceptions, ..desired }
+        };
+        let wanted = changed(in_force);
+        // The firewall first: what is no exception any more is closed before its way is.
+        for stage in [Stage::Firewall, Stage::Routes] {
+            let applied = match self.network().await {
+                Ok(network) => network.apply(stage, &wanted).await.map_err(|error| network::failure(&error)),
+                Err(failure) => Err(failure),
+            };
+            if let Err(failure) = applied {
+                tracing::error!("the DNS servers can't be followed: {}", failure.text);
+                self.lookout.resolvers_stale = true;
+                return;
+            }
+        }
+        self.in_force = Some(wanted);
+        self.desired = self.desired.take().map(changed);
+        self.resolvers = Some(found);
+        self.lookout.followed(servers);
+    }
+
+    /// Begins to watch, before anything is changed.
+    async fn watch(&mut self) {
+        let bus = self.bus.clone();
+        let mut lookout = std::mem::take(&mut self.lookout);
+        if let Ok(network) = self.network().await {
+            lookout.start(network, &bus).await;
+        }
+        self.lookout = lookout;
+    }
+
+    /// Reacts to what happened around while something else is waited for.
+    async fn attend(&mut self, what: Disturbance) {
+        match what {
+            Disturbance::Network => drop(self.look().await),
+            Disturbance::Resolvers => self.follow_resolvers().await,
+            Disturbance::Resumed => self.lookout.moved = true,
+        }
+    }
+
+    /// Looks at the network, puts back what others changed, and gives what there is to tell.
+    async fn look(&mut self) -> Vec<HealthItem> {
+        let Some(in_force) = self.in_force.clone() else { return vec![] };
+        let (began, targets) = (Instant::now(), self.targets());
+        let stale = self.lookout.surroundings_stale();
+        let network = match self.network().await {
+            Ok(network) => network,
+            Err(failure) => return vec![item("network-unreadable", "error", failure.text)],
+        };
+        let look = match network.look(&in_force).await {
+            Ok(look) => look,
+            Err(error) => return vec![item("network-unreadable", "error", network::failure(&error).text)],
+        };
+        // The way is asked for last, because what was put back can be in it.
+        let way = network.way(&targets).await;
+        let around = if stale { Some(network.surroundings(&in_force, &targets).await) } else { None };
+        let weaknesses = fallback(network.firewall_name(), &network.firewall_weaknesses());
+        if let Some(last) = look.put_back.last() {
+            tracing::warn!(count = look.put_back.len(), "put back what another program had changed; the last: {last}");
+        }
+        for error in look.errors.iter().take(3) {
+            tracing::error!(error = error as &dyn std::error::Error, "what another program changed can't be put back");
+        }
+        let fault = self.lookout.looked(began, &look.put_back, !look.errors.is_empty());
+        // Without an engine the block is tried anew by itself.
+        if let Some(error) = look.errors.first().filter(|_| self.events.is_some()) {
+            let gone = |error: &net::Error| matches!(error, net::Error::TunnelMissing(_));
+            if look.errors.iter().any(gone) {
+                self.broken = Some(Failure::new(
+                    ReasonCode::DeviceLost,
+                    "The tunnel device is gone or has another name; it is made anew",
+                ));
+            } else if fault {
+                self.broken = Some(network::failure(error));
+            }
+        }
+        match way {
+            Ok(way) => self.lookout.way(way),
+            Err(error) => tracing::debug!(error = &error as &dyn std::error::Error, "no way"),
+        }
+        match around {
+            Some(Ok(found)) => self.lookout.surroundings(found),
+            Some(Err(error)) => tracing::debug!(error = &error as &dyn std::error::Error, "no surroundings"),
+            None => {}
+        }
+        let found = look.findings.into_iter().map(|found| item(found.code, found.severity.as_str(), found.text));
+        found.chain(weaknesses).collect()
+    }
+
+    /// Addresses by which the upstream is reached; as long as they are not known, those of the resolvers.
+    fn targets(&self) -> Vec<IpAddr> {
+        match self.connector.as_ref().map(|connector| &connector.upstream) {
+            Some(Upstream::HttpConnect(proxy)) => proxy.addresses.iter().map(SocketAddr::ip).collect(),
+            Some(Upstream::Direct) => vec![],
+            None => self.resolvers.as_ref().map(|found| found.for_lookup().to_vec()).unwrap_or_default(),
+        }
+    }
+
+    /// A failure to reach the upstream, with the nearest cause: where nothing can leave, the upstream is not to blame.
+    async fn explain(&mut self, failure: Failure) -> Failure {
+        let about_upstream = [
+            ReasonCode::UpstreamUnreachable,
+            ReasonCode::UpstreamSilent,
+            ReasonCode::UpstreamUnresolvable,
+            ReasonCode::NetworkFailed,
+        ];
+        if !about_upstream.contains(&failure.code) {
+            return failure;
+        }
+        let targets = self.targets();
+        let way = match self.network().await {
+            Ok(network) => network.way(&targets).await,
+            Err(failure) => return failure,
+        };
+        way.ok().and_then(|way| way.cut()).map_or(failure, |cut| network::cut(&cut))
+    }
+
+    /// Asks the upstream, beside everything else. `anew`: an answer to an older question does not count.
+    fn ask(&mut self, anew: bool) -> Result<(), Failure> {
         let connector = Connector { timeout: upstream::PROBE_TIMEOUT, ..(*self.connector()?).clone() };
-        Ok(connector.probe().await)
+        self.question.ask(connector, anew);
+        Ok(())
     }
 
     /// How many addresses the upstream has; each has a whole range of ports.
@@ -157,6 +313,9 @@ impl Proxy {
     async fn stop_engine(&mut self) {
         self.engine.stop().await;
         self.events = None;
+        self.question = Question::default();
+        self.refused = None;
+        self.broken = None;
     }
 }
 
@@ -169,11 +328,16 @@ impl World for Proxy {
             Phase::SaveNetwork => self.network().await?.save().map_err(|error| network::failure(&error)),
             Phase::CreateTun => self.create_tun().await,
             Phase::ApplyFirewall => {
+                self.watch().await;
                 self.apply(Stage::Firewall).await?;
                 self.applied = true;
                 Ok(())
             }
-            Phase::ApplyRoutes => self.apply(Stage::Routes).await,
+            Phase::ApplyRoutes => {
+                self.apply(Stage::Routes).await?;
+                self.in_force = self.desired.clone();
+                Ok(())
+            }
             // `bypass` leaves the resolvers as they are: rules and firewall let them through.
             Phase::ConfigureDns => Ok(()),
             Phase::FlushDns => {
@@ -184,38 +348,98 @@ impl World for Proxy {
     }
 
     async fn block(&mut self, request: Option<&Request>) -> Result<(), Failure> {
-        let desired = request.map_or_else(network::closed, |request| network::blocked(&request.profile));
+        let (desired, resolvers) = match request {
+            Some(request) => network::blocked(&request.profile),
+            None => (network::closed(), None),
+        };
+        self.watch().await;
         let network = self.network().await?;
         let firewall = network.apply(Stage::Firewall, &desired).await;
         let routes = network.apply(Stage::Routes, &desired).await;
         self.applied = firewall.is_ok();
-        self.desired = Some(desired);
+        self.desired = Some(desired.clone());
+        // Also what could not be applied: the next look tries again.
+        self.in_force = Some(desired);
+        self.resolvers = resolvers;
         self.stop_engine().await;
         firewall.and(routes).map_err(|error| network::failure(&error))
     }
 
     async fn probe(&mut self) -> Result<(), Failure> {
-        self.ask_upstream().await?.map_err(|error| upstream::failure(&error))
+        let targets = self.targets();
+        let way = self.network().await?.way(&targets).await;
+        if let Some(cut) = way.ok().and_then(|way| way.cut()) {
+            return Err(network::cut(&cut));
+        }
+        self.ask(false)?;
+        loop {
+            tokio::select! {
+                answer = self.question.answer() => {
+                    return match answer {
+                        Ok(()) => Ok(()),
+                        Err(error) => Err(self.explain(upstream::failure(&error)).await),
+                    };
+                }
+                what = self.lookout.next() => self.attend(what).await,
+            }
+            if std::mem::take(&mut self.lookout.moved) {
+                self.ask(true)?;
+            }
+        }
     }
 
     async fn fault(&mut self) -> Fault {
         loop {
-            // One dead destination looks like a dead upstream, so the upstream is asked itself. The suspicion is kept in
-            // `self`, because this future may be dropped half-way.
-            if self.suspicious {
-                let answer = self.ask_upstream().await;
-                self.suspicious = false;
-                match answer {
-                    // The question did not leave this machine, so it says nothing about the upstream.
-                    Ok(Err(error)) if error.shortage().is_some() => {}
-                    Ok(Err(error)) => return Fault::Upstream(upstream::failure(&error)),
-                    Ok(Ok(())) => {}
-                    Err(failure) => return Fault::Upstream(failure),
-                }
+            // Kept in `self` until they are told, because this future may be dropped half-way.
+            if let Some(broken) = self.broken.take() {
+                return Fault::Broken(broken);
             }
-            let Some(events) = self.events.as_mut() else { return std::future::pending().await };
+            if let Some(failure) = self.refused.clone() {
+                let failure = self.explain(failure).await;
+                self.refused = None;
+                return Fault::Upstream(failure);
+            }
+            if std::mem::take(&mut self.lookout.moved) {
+                if self.events.is_some() {
+                    let answer = match self.lookout.cut() {
+                        Some(cut) => Err(network::cut(&cut)),
+                        None => self.ask(true),
+                    };
+                    self.refused = answer.err();
+                }
+                return Fault::Uplink;
+            }
+            let events = &mut self.events;
+            let event = async {
+                match events {
+                    Some(events) => events.recv().await,
+                    None => std::future::pending().await,
+                }
+            };
             let event = tokio::select! {
-                event = events.recv() => event,
+                biased;
+                what = self.lookout.next() => match what {
+                    Disturbance::Network => return Fault::Health,
+                    Disturbance::Resolvers => {
+                        self.lookout.resolvers_stale = true;
+                        return Fault::Health;
+                    }
+                    Disturbance::Resumed => {
+                        tracing::info!("the machine woke up");
+                        self.lookout.moved = true;
+                        continue;
+                    }
+                },
+                answer = self.question.answer() => {
+                    match answer {
+                        Ok(()) => return Fault::UpstreamWorking,
+                        // The question did not leave this machine, so it says nothing about the upstream.
+                        Err(error) if error.shortage().is_some() => {}
+                        Err(error) => self.refused = Some(upstream::failure(&error)),
+                    }
+                    continue;
+                }
+                event = event => event,
                 () = self.shortages.over() => return Fault::Health,
             };
             let failure = match event {
@@ -224,8 +448,11 @@ impl World for Proxy {
                 }
                 Some(Event::Shortage(_)) => continue,
                 Some(Event::UpstreamFailing(error)) => {
+                    // One dead destination looks like a dead upstream, so the upstream is asked itself.
                     tracing::debug!("the engine suspects the upstream: {error}");
-                    self.suspicious = true;
+                    if let Err(failure) = self.ask(false) {
+                        self.refused = Some(failure);
+                    }
                     continue;
                 }
                 Some(Event::UpstreamWorking) => return Fault::UpstreamWorking,
@@ -251,31 +478,15 @@ impl World for Proxy {
         if let Some(warning) = self.resolvers.as_ref().and_then(|resolvers| resolvers.warning.as_ref()) {
             items.push(item("resolvers", "warning", warning.to_string()));
         }
-        let Some(desired) = self.desired.clone() else { return items };
-        if !desired.killswitch {
+        if std::mem::take(&mut self.lookout.resolvers_stale) {
+            self.follow_resolvers().await;
+        }
+        if self.desired.as_ref().is_some_and(|desired| !desired.killswitch) {
             items.push(item("killswitch-off", "warning", "What does not go through the tunnel is not blocked"));
         }
-        if let (Some(resolvers), Some(now)) = (&self.resolvers, self.resolvers_now())
-            && resolvers.addresses != now
-        {
-            let now = if now.is_empty() { "none".to_owned() } else { texts(&now).join(", ") };
-            let text = format!(
-                "The machine's DNS servers changed (now: {now}), and the new ones are not let through. \
-                 Run `proxyctl reconnect`"
-            );
-            items.push(item("resolvers-changed", "warning", text));
-        }
         items.extend(self.shortages.items(&self.engine.counters(), self.addresses(), Instant::now()));
-        match self.network().await {
-            Ok(network) => match checked(network, &desired).await {
-                Ok(found) => {
-                    items.extend(found.into_iter().map(|found| item(found.code, found.severity.as_str(), found.text)));
-                    items.extend(fallback(network.firewall_name(), &network.firewall_weaknesses()));
-                }
-                Err(error) => items.push(item("network-unreadable", "error", network::failure(&error).text)),
-            },
-            Err(failure) => items.push(item("network-unreadable", "error", failure.text)),
-        }
+        items.extend(self.look().await);
+        items.extend(self.lookout.items());
         items
     }
 
@@ -284,6 +495,8 @@ impl World for Proxy {
         self.desired = None;
         self.connector = None;
         self.resolvers = None;
+        self.in_force = None;
+        self.lookout = Lookout::default();
         self.applied = false;
         match self.network().await {
             Ok(network) => network
@@ -313,29 +526,6 @@ impl World for Proxy {
     fn inspector(&self) -> impl Inspector + use<> {
         ProxyInspector::new(self.state_dir.clone(), self.engine.clone())
     }
-}
-
-/// What is not as applied. What others removed is put back.
-async fn checked(network: &mut Network, desired: &Desired) -> Result<Vec<Finding>, net::Error> {
-    let found = network.health(desired).await?;
-    if !found.iter().any(|found| ["firewall-missing", "steering-changed"].contains(&found.code)) {
-        return Ok(found);
-    }
-    for found in &found {
-        tracing::warn!(code = found.code, "{}", found.text);
-    }
-    for stage in [Stage::Firewall, Stage::Routes] {
-        if let Err(error) = network.apply(stage, desired).await {
-            tracing::error!(error = &error as &dyn std::error::Error, "what others removed cannot be put back");
-        }
-    }
-    let mut found = network.health(desired).await?;
-    found.push(Finding {
-        code: "put-back",
-        severity: Severity::Warning,
-        text: "Another program had removed rules or routes of proxyvpn; they were put back.".to_owned(),
-    });
-    Ok(found)
 }
 
 /// What the way to the firewall does not promise; nothing for the best one.

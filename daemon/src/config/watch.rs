@@ -1,4 +1,5 @@
-//! Tells when somebody changes the profile files, so that what is listed on the bus is what is there (inotify(7)).
+//! Tells when somebody changes files: profiles, so that what is listed on the bus is what is there, and the machine's DNS
+//! servers (inotify(7)).
 
 use std::io;
 use std::mem::MaybeUninit;
@@ -23,13 +24,14 @@ impl Watch {
     ///
     /// # Errors
     /// inotify cannot be had at all.
-    pub fn new(directories: &[&Path]) -> io::Result<Self> {
+    pub fn new(directories: &[impl AsRef<Path>]) -> io::Result<Self> {
         let fd = inotify::init(CreateFlags::CLOEXEC | CreateFlags::NONBLOCK)?;
-        // ATTRIB: a chmod can make a profile good.
-        let events = WatchFlags::CLOSE_WRITE | WatchFlags::MOVE | WatchFlags::DELETE | WatchFlags::ATTRIB;
+        // ATTRIB: a chmod can make a profile good. CREATE: a link is not written.
+        let events =
+            WatchFlags::CLOSE_WRITE | WatchFlags::CREATE | WatchFlags::MOVE | WatchFlags::DELETE | WatchFlags::ATTRIB;
         for directory in directories {
-            if let Err(error) = inotify::add_watch(&fd, *directory, events | WatchFlags::ONLYDIR) {
-                tracing::debug!("{} is not watched: {error}", directory.display());
+            if let Err(error) = inotify::add_watch(&fd, directory.as_ref(), events | WatchFlags::ONLYDIR) {
+                tracing::debug!("{} is not watched: {error}", directory.as_ref().display());
             }
         }
         sys::readable(fd).map(Self)
@@ -70,11 +72,12 @@ mod tests {
         let quiet =
             async |watch: &Watch| tokio::time::timeout(Duration::from_millis(400), watch.changed()).await.is_err();
         assert!(quiet(&watch).await, "nothing has changed");
-        let changes: [&dyn Fn(); 4] = [
+        let changes: [&dyn Fn(); 5] = [
             &|| std::fs::write(&file, "x").unwrap(),
             &|| std::fs::set_permissions(&file, std::os::unix::fs::PermissionsExt::from_mode(0o600)).unwrap(),
             &|| std::fs::rename(&file, dir.path("b.toml")).unwrap(),
             &|| std::fs::remove_file(dir.path("b.toml")).unwrap(),
+            &|| std::os::unix::fs::symlink("elsewhere", &file).unwrap(),
         ];
         for change in changes {
             change();

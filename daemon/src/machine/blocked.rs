@@ -16,6 +16,8 @@ use super::{Failure, Request, Stage};
 
 const FIRST_RETRY: Duration = Duration::from_secs(1);
 const LAST_RETRY: Duration = Duration::from_secs(60);
+/// A change that makes success likely makes us try at once, but no sooner after the last attempt.
+const QUICK_RETRY: Duration = Duration::from_millis(500);
 
 pub(super) struct Blocked {
     /// What is wanted; `None` when the record of it cannot be read.
@@ -52,11 +54,12 @@ impl Blocked {
         let reason = self.reason();
         tracing::warn!(code = reason.code, "blocked: {}", reason.text);
         context.enter(State::Blocked, reason, self.request.as_ref());
-        let mut retry = Instant::now() + backoff(self.attempt);
+        let mut tried = Instant::now();
+        let mut retry = tried + backoff(self.attempt);
         loop {
             let wake = tokio::select! {
                 order = context.orders.next() => Wake::Order(order),
-                fault = context.world.fault(), if !self.rebuild => Wake::Fault(fault),
+                fault = context.world.fault() => Wake::Fault(fault),
                 () = sleep_until(retry) => Wake::Retry,
             };
             match wake {
@@ -80,10 +83,14 @@ impl Blocked {
                 Wake::Fault(Fault::Upstream(failure)) => {
                     context.because(failure.reason());
                 }
-                Wake::Fault(Fault::Health) => {
-                    let health = context.world.health().await;
-                    context.health(health);
+                Wake::Fault(Fault::Health) => context.look().await,
+                Wake::Fault(Fault::Uplink) => {
+                    self.attempt = 0;
+                    // What still runs asks the upstream by itself.
+                    let after = if self.rebuild { QUICK_RETRY } else { FIRST_RETRY };
+                    retry = retry.min(Instant::now().max(tried + after));
                 }
+                Wake::Fault(Fault::UpstreamWorking) if self.rebuild => {}
                 Wake::Fault(Fault::UpstreamWorking) => return self.recovered(),
                 Wake::Fault(Fault::Broken(failure)) => {
                     self.failure = failure;
@@ -97,6 +104,7 @@ impl Blocked {
                         // What is wanted is not known, but the block stays, and comes back if others removed it.
                         self.close(context).await;
                         context.because(self.reason());
+                        tried = Instant::now();
                         retry = Instant::now() + backoff(self.attempt);
                         continue;
                     };
@@ -112,10 +120,10 @@ impl Blocked {
                             return Stage::Connecting(Connecting::again(request, 0));
                         }
                     }
-                    let health = context.world.health().await;
-                    context.health(health);
+                    context.look().await;
                     self.attempt = self.attempt.saturating_add(1);
-                    retry = Instant::now() + backoff(self.attempt);
+                    tried = Instant::now();
+                    retry = tried + backoff(self.attempt);
                 }
             }
         }

@@ -12,7 +12,7 @@ use super::disconnecting::Disconnecting;
 use super::world::{Fault, Inspector, World};
 use super::{Request, Stage};
 
-/// How often the network is compared with what was applied.
+/// How often the network is compared with what was applied though nobody said that it changed.
 const HEALTH_INTERVAL: Duration = Duration::from_secs(30);
 
 pub(super) struct Connected {
@@ -46,16 +46,10 @@ impl Connected {
                 fault = context.world.fault() => match fault {
                     Fault::Upstream(failure) => return Stage::Blocked(Blocked::waiting(self.request, failure)),
                     Fault::Broken(failure) => return Stage::Blocked(Blocked::rebuild(Some(self.request), failure, 0)),
-                    Fault::Health => {
-                        let health = context.world.health().await;
-                        context.health(health);
-                    }
-                    Fault::UpstreamWorking => {}
+                    Fault::Health => context.look().await,
+                    Fault::Uplink | Fault::UpstreamWorking => {}
                 },
-                _ = timer.tick() => {
-                    let health = context.world.health().await;
-                    context.health(health);
-                }
+                _ = timer.tick() => context.look().await,
             }
         }
     }

@@ -145,6 +145,19 @@ impl<W: World, I: Inspector> Context<W, I> {
         });
     }
 
+    /// Looks at what is in force, and shows what is found.
+    pub(super) async fn look(&mut self) {
+        let found = self.world.health().await;
+        self.health(found);
+        let facts = self.world.facts();
+        self.view.send_if_modified(|view| {
+            let changed = view.resolvers != facts.resolvers || view.firewall != facts.firewall;
+            view.resolvers = facts.resolvers;
+            view.firewall = facts.firewall;
+            changed
+        });
+    }
+
     /// Shows what is not as it should be.
     pub(super) fn health(&mut self, found: Vec<HealthItem>) {
         let health: Vec<_> = self.standing.iter().cloned().chain(found).collect();

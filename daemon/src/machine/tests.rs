@@ -479,6 +479,90 @@ fn news_of_the_health_is_shown_at_once() {
 }
 
 #[test]
+fn what_others_change_is_looked_at_in_a_block_without_a_device_too() {
+    run(async {
+        let mut rig = Rig::start(Script::default(), Some("{"), None);
+        rig.until(State::Blocked).await;
+        let item = HealthItem { code: "put-back".to_owned(), severity: "warning".to_owned(), text: String::new() };
+        *rig.script.health.lock().unwrap() = vec![item];
+        rig.script.fault(Fault::Health);
+        let shown = |view: &View| view.health.iter().any(|item| item.code == "put-back");
+        tokio::time::timeout(Duration::from_millis(900), rig.handle.view.wait_for(shown)).await.unwrap().unwrap();
+    });
+}
+
+/// A rig in `blocked` without a device, with the next attempt a minute away.
+async fn waiting_long() -> Rig {
+    let mut rig = Rig::start(Script::default(), None, None);
+    rig.at_rest().await;
+    rig.connect().await.unwrap();
+    rig.until(State::Connected).await;
+    *rig.script.failing.lock().unwrap() = [Phase::ProbeUpstream; 8].into();
+    rig.script.fault(Fault::Broken(failure()));
+    // 1 + 2 + 4 + 8 + 16 + 32 + 60 s
+    tokio::time::sleep(Duration::from_secs(124)).await;
+    rig.until(State::Blocked).await;
+    rig.script.failing.lock().unwrap().clear();
+    rig.script.calls();
+    rig
+}
+
+#[test]
+fn another_uplink_is_tried_at_once() {
+    run(async {
+        let mut rig = waiting_long().await;
+        let start = tokio::time::Instant::now();
+        tokio::time::sleep(Duration::from_secs(2)).await;
+        assert_eq!(rig.script.calls(), "", "nothing is tried before its time");
+        rig.script.fault(Fault::Uplink);
+        rig.until(State::Connected).await;
+        assert!(start.elapsed() < Duration::from_millis(2_600), "{:?}", start.elapsed());
+        assert_eq!(rig.script.calls(), format!("block {ALL_PHASES}"), "closed meanwhile");
+    });
+}
+
+#[test]
+fn an_uplink_that_comes_and_goes_is_tried_twice_per_second_at_most() {
+    run(async {
+        let rig = waiting_long().await;
+        *rig.script.failing.lock().unwrap() = [Phase::ProbeUpstream; 1_000].into();
+        let script = Arc::clone(&rig.script);
+        let flapping = async {
+            loop {
+                script.fault(Fault::Uplink);
+                tokio::time::sleep(Duration::from_millis(10)).await;
+            }
+        };
+        let _ = tokio::time::timeout(Duration::from_secs(10), flapping).await;
+        let calls = rig.script.calls();
+        let tries = calls.split(' ').filter(|call| *call == "probe-upstream").count();
+        assert!((10..=21).contains(&tries), "{tries}");
+        assert!(!calls.contains("tear-down"));
+    });
+}
+
+#[test]
+fn an_upstream_that_answers_over_another_uplink_ends_the_block() {
+    run(async {
+        let mut rig = Rig::start(Script { probe_fails: u32::MAX.into(), ..Script::default() }, None, None);
+        rig.at_rest().await;
+        rig.connect().await.unwrap();
+        rig.until(State::Connected).await;
+        rig.script.fault(Fault::Upstream(failure()));
+        rig.until(State::Blocked).await;
+        tokio::time::sleep(Duration::from_secs(100)).await;
+        rig.script.calls();
+        // The present pause is one of 60 s; after another uplink it begins with 1 s again.
+        rig.script.fault(Fault::Uplink);
+        tokio::time::sleep(Duration::from_millis(7_500)).await;
+        let calls = rig.script.calls();
+        assert_eq!(calls, "probe probe probe", "at once, after 2 s and after 4 s");
+        rig.script.fault(Fault::UpstreamWorking);
+        rig.until(State::Connected).await;
+    });
+}
+
+#[test]
 fn questions_are_answered_in_every_state() {
     run(async {
         let script = Script { hanging: Mutex::new(Some(Phase::ProbeUpstream)), ..Script::default() };

@@ -13,11 +13,11 @@ pub trait World {
     async fn phase(&mut self, phase: Phase, request: &Request) -> Result<(), Failure>;
     /// Stops all traffic around *and* through the tunnel, except what `request` exempts, whatever is there now. Idempotent.
     async fn block(&mut self, request: Option<&Request>) -> Result<(), Failure>;
-    /// Asks the upstream of the last attempt again.
+    /// Asks the upstream of the last attempt again. Keeps meanwhile what is in force, as [`phase`](Self::phase) does.
     async fn probe(&mut self) -> Result<(), Failure>;
-    /// Waits for a fault of what runs. Never returns when nothing runs.
+    /// Waits for a fault of what runs, or a change of what is around it. Never returns when nothing is in force.
     async fn fault(&mut self) -> Fault;
-    /// Looks whether all is still as applied, and what else the user should know.
+    /// Looks whether all is still as applied, puts back what others changed, and tells what else the user should know.
     async fn health(&mut self) -> Vec<HealthItem>;
     /// Takes everything away; what could not be undone is in the answer, one line each.
     async fn tear_down(&mut self) -> Vec<String>;
@@ -47,8 +47,11 @@ pub enum Fault {
     Upstream(Failure),
     /// The upstream answers again.
     UpstreamWorking,
-    /// [`World::health`] has something else to tell.
+    /// Somebody changed the network, or [`World::health`] has something else to tell: look at once.
     Health,
+    /// The way to the upstream is another one, or the machine woke up: what failed may succeed now. What runs asks the upstream by
+    /// itself, and tells the answer.
+    Uplink,
     /// The device or the engine is gone: it must be built anew.
     Broken(Failure),
 }

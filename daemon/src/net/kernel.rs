@@ -1,16 +1,22 @@
 //! Reading the kernel's state and doing single steps.
 
 use std::io;
+use std::net::IpAddr;
 
 use rtnetlink::Handle;
 use rtnetlink::packet_route::RouteNetlinkMessage;
 use rtnetlink::packet_route::address::AddressMessage;
 use rtnetlink::packet_route::link::LinkMessage;
+use rtnetlink::packet_route::route::RouteMessage;
 
-use super::desired::Tunnel;
-use super::observed::{Link, Observed, SourceValidation};
+use super::desired::{MARK, TABLE, Tunnel};
+use super::observed::{Hop, Link, MainRoute, Observed, SourceValidation};
+use super::plan::MAIN;
 use super::step::{Action, Change, Family, Route, Rule, Step, Target};
 use super::{Error, rtnl, tun};
+
+/// Routes of main that are looked at; a router may have a million.
+const MAX_MAIN: usize = 1_000;
 
 /// The connection to rtnetlink(7).
 #[derive(Debug)]
@@ -67,17 +73,61 @@ impl Kernel {
                     None => {}
                 }
             }
-            for message in self.dump("routes", rtnl::all_routes(family)).await? {
-                let RouteNetlinkMessage::NewRoute(message) = message else { continue };
-                match rtnl::parse_route(&message, &links) {
-                    Some(Ok(route)) => observed.routes.push(route),
-                    Some(Err(())) => observed.foreign_routes += 1,
-                    None => {}
-                }
-            }
+            self.routes(TABLE, family, |message| match rtnl::parse_route(message, &links) {
+                Some(Ok(route)) => observed.routes.push(route),
+                Some(Err(())) => observed.foreign_routes += 1,
+                None => {}
+            })
+            .await?;
         }
         observed.links = links;
         Ok(observed)
+    }
+
+    /// Calls `each` with the routes of a table, and perhaps with those of others.
+    async fn routes(&self, table: u32, family: Family, mut each: impl FnMut(&RouteMessage)) -> Result<(), Error> {
+        let listed = rtnl::each(&self.handle, rtnl::routes_of(table, family), |message| {
+            if let RouteNetlinkMessage::NewRoute(message) = message {
+                each(&message);
+            }
+        });
+        match listed.await {
+            // A table without routes is not there.
+            Err(error) if error.raw_os_error() != Some(libc::ENOENT) => {
+                Err(Error::Read { what: "routes", source: error })
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// The routes of main, at most [`MAX_MAIN`] of each version beside the default ones.
+    pub(super) async fn main_routes(&self) -> Result<Vec<MainRoute>, Error> {
+        let mut routes = vec![];
+        for family in Family::ALL {
+            let mut count = 0;
+            self.routes(MAIN, family, |message| {
+                let Some(route) = rtnl::parse_main_route(message).filter(|route| route.family == family) else {
+                    return;
+                };
+                count += usize::from(route.to.is_some());
+                if route.to.is_none() || count <= MAX_MAIN {
+                    routes.push(route);
+                }
+            })
+            .await?;
+        }
+        Ok(routes)
+    }
+
+    /// Where a packet with our mark goes on its way to each of `targets`; `None`: nowhere.
+    pub(super) async fn hops(&self, targets: &[IpAddr]) -> Result<Vec<(IpAddr, Option<Hop>)>, Error> {
+        let mut hops = vec![];
+        for target in targets {
+            let found = rtnl::look_up(&self.handle, *target, MARK).await;
+            let found = found.map_err(|source| Error::Read { what: "the way to the upstream", source })?;
+            hops.push((*target, found.as_ref().and_then(rtnl::parse_hop)));
+        }
+        Ok(hops)
     }
 
     /// Makes the device with its mark of ownership.

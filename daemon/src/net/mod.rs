@@ -10,6 +10,9 @@
 //! - `journal`: the record that changes are under way
 //! - [`Keep`]: what outlives the process
 //! - `preflight`: checks that change nothing
+//! - [`Watch`]: when somebody changes the network
+//! - [`Look`]: what others changed, put back
+//! - [`Way`]: how the upstream is reached
 //! - [`Finding`]: whether what was applied is still there
 //! - [`SocketOwners`]: whose a connection of this machine is
 //! - [`sockets`]: TCP sockets of this machine
@@ -22,6 +25,7 @@ mod health;
 mod journal;
 mod keep;
 mod kernel;
+mod look;
 mod network;
 mod observed;
 mod owners;
@@ -32,11 +36,17 @@ pub mod sockets;
 mod step;
 mod sys;
 mod tun;
+mod watch;
+mod way;
 
 pub use error::Error;
+use firewall::Backend;
 pub use health::{Finding, Severity};
 pub use keep::{Keep, Keeping};
+pub use look::Look;
 pub use network::{CleanUp, Network, Owned};
 pub use owners::SocketOwners;
 pub use preflight::privilege;
 pub use step::{Action, Layer, Stage, Step};
+pub use watch::Watch;
+pub use way::{Cut, Way};

@@ -16,18 +16,20 @@ use super::step::{Action, Change, Stage, Step};
 use super::{Error, Keeping, plan, preflight, sockets};
 
 /// How often a plan is made and done before somebody else is at work.
-const ROUNDS: u32 = 3;
+pub(super) const ROUNDS: u32 = 3;
 
 /// The host's network: the connection to the kernel, the firewall and the journal.
 #[derive(Debug)]
 pub struct Network {
-    kernel: Kernel,
-    journal: Journal,
-    backend: Option<Backend>,
+    pub(super) kernel: Kernel,
+    pub(super) journal: Journal,
+    pub(super) backend: Option<Backend>,
     /// For the backend when it is chosen.
     keeping: Keeping,
     /// What this process installed.
-    installed: Option<Ruleset>,
+    pub(super) installed: Option<Ruleset>,
+    /// The devices that were there at the last look.
+    pub(super) devices: Option<Vec<(u32, String)>>,
 }
 
 /// A firewall that belongs to another process's socket, which a clean-up can't remove.
@@ -55,7 +57,7 @@ impl Network {
     /// [`Error::Connect`]. A missing firewall is not an error here but in [`preflight`](Self::preflight).
     pub async fn open(state_dir: &Path, keeping: Keeping) -> Result<Self, Error> {
         let (kernel, journal) = (Kernel::connect()?, Journal::open(state_dir));
-        let mut network = Self { kernel, journal, backend: None, keeping, installed: None };
+        let mut network = Self { kernel, journal, backend: None, keeping, installed: None, devices: None };
         if let Err(error) = network.backend().await {
             tracing::warn!(error = &error as &dyn std::error::Error, "no firewall");
         }
@@ -322,11 +324,7 @@ impl Network {
     /// When the present state can't be read.
     pub async fn health(&self, desired: &Desired) -> Result<Vec<Finding>, Error> {
         let mut findings = health::findings(&self.kernel.observe().await?, desired);
-        let intact = match (&self.backend, self.installed.clone()) {
-            (Some(backend), Some(ruleset)) => on(backend, move |backend| backend.holds(&ruleset)).await?,
-            (Some(backend), None) => on(backend, Backend::present).await?,
-            (None, _) => false,
-        };
+        let intact = self.firewall_intact().await?;
         if !intact {
             findings.insert(0, health::firewall_missing(desired));
         }
@@ -354,7 +352,7 @@ async fn blocking<T: Send + 'static>(
 }
 
 /// [`blocking`] with the way to the firewall.
-async fn on<T: Send + 'static>(
+pub(super) async fn on<T: Send + 'static>(
     backend: &Backend,
     work: impl FnOnce(&Backend) -> Result<T, firewall::Error> + Send + 'static,
 ) -> Result<T, firewall::Error> {

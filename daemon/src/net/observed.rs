@@ -4,7 +4,7 @@ use std::net::IpAddr;
 
 use ipnet::IpNet;
 
-use super::step::{Route, Rule};
+use super::step::{Family, Route, Rule};
 
 /// What was read from the kernel.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -36,6 +36,8 @@ pub(super) struct Link {
     pub(super) ours: bool,
     pub(super) loopback: bool,
     pub(super) up: bool,
+    /// Has a cable, a base station or the like.
+    pub(super) carrier: bool,
     /// Bytes.
     pub(super) mtu: u32,
     /// Packets.
@@ -64,6 +66,28 @@ pub(super) struct SourceValidation {
 pub(super) struct Address {
     pub(super) index: u32,
     pub(super) address: IpNet,
+}
+
+/// A route of the main table that leads somewhere.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct MainRoute {
+    pub(super) family: Family,
+    /// `None`: default.
+    pub(super) to: Option<IpNet>,
+    pub(super) hop: Hop,
+    /// Who made it (`rtm_protocol`, rtnetlink(7)).
+    pub(super) protocol: u8,
+}
+
+/// Where a packet goes next.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(super) struct Hop {
+    /// Index of the device.
+    pub(super) device: u32,
+    /// `None`: the destination is on the link.
+    pub(super) gateway: Option<IpAddr>,
+    /// The address that is written as its source.
+    pub(super) source: Option<IpAddr>,
 }
 
 impl Observed {

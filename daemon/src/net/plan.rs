@@ -187,17 +187,18 @@ const fn remove(change: Change) -> Step {
 
 #[cfg(test)]
 #[allow(clippy::unwrap_used, clippy::panic, reason = "tests")]
-mod tests {
+pub(super) mod tests {
     use super::super::observed::{Address, Link};
     use super::*;
 
-    fn link(index: u32, name: &str, rp_filter: u32, src_valid_mark: u32) -> Link {
+    pub(in crate::net) fn link(index: u32, name: &str, rp_filter: u32, src_valid_mark: u32) -> Link {
         Link {
             index,
             name: name.to_owned(),
             ours: false,
             loopback: name == "lo",
             up: true,
+            carrier: true,
             mtu: 1500,
             queue: 1000,
             address_generation_off: false,
@@ -208,7 +209,7 @@ mod tests {
         }
     }
 
-    fn machine() -> Observed {
+    pub(in crate::net) fn machine() -> Observed {
         Observed {
             links: vec![link(1, "lo", 0, 0), link(2, "eth0", 0, 0)],
             ipv6: true,
@@ -217,7 +218,7 @@ mod tests {
         }
     }
 
-    fn desired() -> Desired {
+    pub(in crate::net) fn desired() -> Desired {
         Desired {
             tunnel: Some(Tunnel {
                 name: "pvpn0".to_owned(),

@@ -15,14 +15,16 @@ use rtnetlink::packet_route::link::{
     AfSpecInet, AfSpecInet6, AfSpecUnspec, In6AddrGenMode, InfoKind, LinkAttribute, LinkFlags, LinkInfo, LinkMessage,
 };
 use rtnetlink::packet_route::route::{
-    RouteAddress, RouteAttribute, RouteMessage, RouteProtocol, RouteScope, RouteType,
+    RouteAddress, RouteAttribute, RouteMessage, RouteProtocol, RouteScope, RouteType, RouteVia,
 };
 use rtnetlink::packet_route::rule::{RuleAction, RuleAttribute, RuleMessage, RulePortRange, RuleUidRange};
 use rtnetlink::packet_route::{AddressFamily, IpProtocol, RouteNetlinkMessage};
 use rtnetlink::proto::Connection;
+use rtnetlink::sys::AsyncSocket as _;
 
 use super::desired::{ROUTE_PROTOCOL, RULE_PRIORITIES, RULE_PRIORITY, TABLE};
-use super::observed::{Address, Link, SourceValidation};
+use super::observed::{Address, Hop, Link, MainRoute, SourceValidation};
+use super::plan::MAIN;
 use super::step::{Family, Route, Rule, Target};
 
 /// Alias (`IFLA_IFALIAS`) that tells that a TUN device is ours.
@@ -39,6 +41,8 @@ const TIMEOUT: Duration = Duration::from_secs(20);
 #[allow(clippy::type_complexity, reason = "of the crate")]
 pub(super) fn connect() -> io::Result<(Connection<RouteNetlinkMessage>, Handle)> {
     let (mut connection, handle, _) = rtnetlink::new_connection()?;
+    // The kernel then lists the routes of one table alone. Before Linux 4.20 it lists all.
+    let _ = connection.socket_mut().socket_mut().set_netlink_get_strict_chk(true);
     connection.set_forward_ack(true);
     connection.set_forward_done(true);
     Ok((connection, handle))
@@ -47,25 +51,63 @@ pub(super) fn connect() -> io::Result<(Connection<RouteNetlinkMessage>, Handle)>
 /// Sends a request and waits for the kernel's word on it.
 pub(super) async fn request(handle: &Handle, message: RouteNetlinkMessage, create: bool) -> io::Result<()> {
     let flags = NLM_F_REQUEST | NLM_F_ACK | if create { NLM_F_CREATE } else { 0 };
-    exchange(handle, message, flags).await.map(drop)
+    exchange(handle, message, flags, drop).await
 }
 
 /// Reads a whole list.
 pub(super) async fn dump(handle: &Handle, message: RouteNetlinkMessage) -> io::Result<Vec<RouteNetlinkMessage>> {
-    exchange(handle, message, NLM_F_REQUEST | NLM_F_DUMP).await
+    let mut list = vec![];
+    each(handle, message, |item| list.push(item)).await?;
+    Ok(list)
 }
 
-async fn exchange(handle: &Handle, message: RouteNetlinkMessage, flags: u16) -> io::Result<Vec<RouteNetlinkMessage>> {
+/// Reads a list of any length, item by item.
+pub(super) async fn each(
+    handle: &Handle,
+    message: RouteNetlinkMessage,
+    item: impl FnMut(RouteNetlinkMessage),
+) -> io::Result<()> {
+    exchange(handle, message, NLM_F_REQUEST | NLM_F_DUMP, item).await
+}
+
+/// Asks how `to` is reached by a socket with `mark`; `None`: not at all.
+pub(super) async fn look_up(handle: &Handle, to: IpAddr, mark: u32) -> io::Result<Option<RouteMessage>> {
+    let mut message = RouteMessage::default();
+    message.header.address_family = address_family(Family::of(&to.into()));
+    message.header.destination_prefix_length = if to.is_ipv4() { 32 } else { 128 };
+    message.attributes = vec![RouteAttribute::Destination(to.into()), RouteAttribute::Mark(mark)];
+    let mut found = None;
+    let answer = |message| {
+        if let RouteNetlinkMessage::NewRoute(route) = message {
+            found = Some(route);
+        }
+    };
+    match exchange(handle, RouteNetlinkMessage::GetRoute(message), NLM_F_REQUEST | NLM_F_ACK, answer).await {
+        Ok(()) => Ok(found),
+        Err(error) => match error.raw_os_error() {
+            Some(libc::ENETUNREACH | libc::EHOSTUNREACH | libc::ENETDOWN | libc::ESRCH) => Ok(None),
+            // Refused by a route or rule (prohibit, blackhole), or a kernel without IPv6.
+            Some(libc::EACCES | libc::EINVAL | libc::EAFNOSUPPORT | libc::EOPNOTSUPP) => Ok(None),
+            _ => Err(error),
+        },
+    }
+}
+
+async fn exchange(
+    handle: &Handle,
+    message: RouteNetlinkMessage,
+    flags: u16,
+    mut item: impl FnMut(RouteNetlinkMessage),
+) -> io::Result<()> {
     let mut message = NetlinkMessage::from(message);
     message.header.flags = flags;
     let mut answers = handle.clone().request(message).map_err(|_| closed())?;
     let read = async {
-        let mut list = vec![];
         while let Some(answer) = answers.next().await {
             match answer.payload {
-                NetlinkPayload::InnerMessage(inner) => list.push(inner),
-                NetlinkPayload::Done(_) => return Ok(list),
-                NetlinkPayload::Error(error) if error.code.is_none() => return Ok(list),
+                NetlinkPayload::InnerMessage(inner) => item(inner),
+                NetlinkPayload::Done(_) => return Ok(()),
+                NetlinkPayload::Error(error) if error.code.is_none() => return Ok(()),
                 NetlinkPayload::Error(error) => return Err(error.to_io()),
                 _ => {}
             }
@@ -101,10 +143,11 @@ pub(super) fn all_rules(family: Family) -> RouteNetlinkMessage {
     RouteNetlinkMessage::GetRule(message)
 }
 
-/// See [`all_rules`].
-pub(super) fn all_routes(family: Family) -> RouteNetlinkMessage {
+/// Those of one table; others may come too.
+pub(super) fn routes_of(table: u32, family: Family) -> RouteNetlinkMessage {
     let mut message = RouteMessage::default();
     message.header.address_family = address_family(family);
+    message.attributes.push(RouteAttribute::Table(table));
     RouteNetlinkMessage::GetRoute(message)
 }
 
@@ -225,6 +268,52 @@ pub(super) fn parse_route(message: &RouteMessage, links: &[Link]) -> Option<Resu
     Some(Ok(Route { family, to, target, metric }))
 }
 
+/// A route of the main table as read; what is not an ordinary route leads nowhere.
+pub(super) fn parse_main_route(message: &RouteMessage) -> Option<MainRoute> {
+    let family = family(message.header.address_family)?;
+    let mut table = u32::from(message.header.table);
+    let mut route = MainRoute { family, to: None, hop: Hop::default(), protocol: u8::from(message.header.protocol) };
+    for attribute in &message.attributes {
+        match attribute {
+            RouteAttribute::Table(value) => table = *value,
+            RouteAttribute::Destination(value) => {
+                let net = |a| IpNet::new(a, message.header.destination_prefix_length).ok();
+                route.to = route_address(value).and_then(net);
+            }
+            _ => {}
+        }
+    }
+    route.hop = parse_hop(message)?;
+    (table == MAIN).then_some(route)
+}
+
+/// Where an ordinary route leads. Of several ways the first.
+pub(super) fn parse_hop(message: &RouteMessage) -> Option<Hop> {
+    if !matches!(message.header.kind, RouteType::Unicast | RouteType::Local) {
+        return None;
+    }
+    let mut hop = Hop::default();
+    for attribute in &message.attributes {
+        match attribute {
+            RouteAttribute::Oif(index) => hop.device = *index,
+            RouteAttribute::Gateway(gateway) => hop.gateway = route_address(gateway),
+            RouteAttribute::Via(RouteVia::Inet(gateway)) => hop.gateway = Some(IpAddr::V4(*gateway)),
+            RouteAttribute::Via(RouteVia::Inet6(gateway)) => hop.gateway = Some(IpAddr::V6(*gateway)),
+            RouteAttribute::PrefSource(source) => hop.source = route_address(source),
+            RouteAttribute::MultiPath(hops) => {
+                let Some(first) = hops.first() else { continue };
+                hop.device = first.interface_index;
+                hop.gateway = first.attributes.iter().find_map(|attribute| match attribute {
+                    RouteAttribute::Gateway(gateway) => route_address(gateway),
+                    _ => None,
+                });
+            }
+            _ => {}
+        }
+    }
+    Some(hop)
+}
+
 fn route_address(address: &RouteAddress) -> Option<IpAddr> {
     match address {
         RouteAddress::Inet(address) => Some(IpAddr::V4(*address)),
@@ -276,6 +365,7 @@ pub(super) fn parse_link(message: &LinkMessage) -> Link {
         ours: false,
         loopback: flag(LinkFlags::Loopback),
         up: flag(LinkFlags::Up),
+        carrier: flag(LinkFlags::LowerUp),
         mtu: 0,
         queue: 0,
         address_generation_off: false,

@@ -8,4 +8,5 @@ mod conflicts;
 mod fairness;
 mod steering;
 mod traces;
+mod watching;
 mod world;

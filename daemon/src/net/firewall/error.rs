@@ -72,3 +72,15 @@ pub enum Error {
         advice: &'static str,
     },
 }
+
+impl Error {
+    /// Whether another program has the table, or changes it at the same time.
+    pub fn taken(&self) -> bool {
+        const CODES: [i32; 4] = [libc::EPERM, libc::EACCES, libc::EBUSY, libc::EEXIST];
+        match self {
+            Self::Differs(_) => true,
+            Self::Refused { source, .. } => source.raw_os_error().is_some_and(|code| CODES.contains(&code)),
+            _ => false,
+        }
+    }
+}

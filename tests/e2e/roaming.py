@@ -1,0 +1,307 @@
+"""Others change the network while a connection is wanted: what is ours is put back, and the connection follows by itself. Nothing opens."""
+
+import contextlib
+import json
+import os
+import subprocess
+import time
+
+from lab import APP6, DNS, FAILURE, PROXY, PYTHON, SQUID, TINY, WEB, expect, test, until
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+GW4, GW6 = "192.0.2.1", "2001:db8:1::1"
+
+# Does each change of its arguments, and prints how many milliseconds later all of ours was as before.
+PUT_BACK = """
+import subprocess, sys, time
+LOOK = "ip rule; ip -6 rule; ip route show table 7376750; ip -6 route show table 7376750; ip addr show dev pvpn0; nft -s list ruleset"
+def look():
+    return subprocess.run(["sh", "-c", LOOK], capture_output=True, text=True).stdout
+for change in sys.argv[1:]:
+    before = look()
+    assert "7376750" in before and "table inet proxyvpn" in before, before
+    subprocess.run(["sh", "-c", change], capture_output=True)
+    start = time.monotonic()
+    while look() != before and time.monotonic() < start + 5: pass
+    print(round((time.monotonic() - start) * 1000), change, flush=True)
+    time.sleep(1)
+"""
+
+CHANGES = [
+    "ip rule del priority 3731", "ip -6 rule del priority 3731; ip rule del priority 3700", "ip rule flush protocol 112; ip -6 rule flush protocol 112",
+    "ip route flush table 7376750", "ip -6 route del default table 7376750", "ip addr flush dev pvpn0", "ip link set pvpn0 mtu 1300",
+    "ip link set pvpn0 down", "nft flush ruleset", "nft delete table inet proxyvpn", "nft insert rule inet proxyvpn postrouting accept",
+]
+
+# UDP, TCP and a bound socket towards the web server, until it is ended.
+STREAM = f"""
+import socket, time
+u = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+while True:
+    for send in (lambda: u.sendto(b"x", ("{WEB}", 9999)),):
+        try: send()
+        except OSError: pass
+    t = socket.socket(); t.setblocking(False); t.connect_ex(("{WEB}", 80)); t.close()
+    time.sleep(0.002)
+"""
+
+
+def stream(lab):
+    return lab.background("app", "alice", PYTHON, "-c", STREAM, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
+def codes(lab):
+    return [item["code"] for item in lab.status()["health"]]
+
+
+def state(lab, wanted, seconds, reason=""):
+    """Waits for a state, with its reason's code, and returns how long that took."""
+    start = time.monotonic()
+
+    def there():
+        status = lab.status()
+        return status["state"] == wanted and (not reason or status["reason"]["code"] == reason)
+
+    until(seconds, there, lambda: f"not {wanted} {reason} within {seconds} s: {lab.status()['state']} {lab.status()['reason']}")
+    return time.monotonic() - start
+
+
+def down(lab):
+    lab.app("ip", "link", "set", "eth0", "down")
+
+
+def up(lab):
+    """As the lab had it."""
+    lab.app("sh", "-c", f"""ip link set eth0 up; ip route replace default via {GW4}
+        ip -6 addr replace {APP6}/64 dev eth0 nodad; ip -6 route replace default via {GW6}""")
+    until(10, lambda: lab.app("ip", "-6", "addr", "show", "dev", "eth0", "scope", "link").stdout, "eth0 has no link-local address")
+
+
+@contextlib.contextmanager
+def restored(lab):
+    try:
+        yield
+    finally:
+        up(lab)
+
+
+@test("what others remove or change is put back at once; no TCP goes around the tunnel meanwhile", seconds=120)
+def put_back(lab):
+    lab.connect(TINY)
+    time.sleep(1)
+    with stream(lab):
+        before = len(lab.packets(f"src host 192.0.2.2 and dst host {WEB} and tcp"))
+        lines = lab.app(PYTHON, "-c", PUT_BACK, *CHANGES, timeout=90).stdout.splitlines()
+        after = lab.packets(f"src host 192.0.2.2 and dst host {WEB} and tcp")
+    expect(len(lines) == len(CHANGES), f"not all was done: {lines}")
+    slow = [line for line in lines if int(line.split()[0]) > 1000]
+    print("  put back, ms after the end of the change (seen by a poll of some 30 ms):", "; ".join(lines))
+    expect(not slow, f"put back too late: {slow}")
+    expect(len(after) == before, lambda: "TCP went around the tunnel:\n" + "\n".join(after[before:][:5]))
+    expect("put-back" in codes(lab), f"nobody was told: {codes(lab)}")
+    lab.check_state("connected")
+    lab.fetch_through("http://web.lab.test/")
+
+
+@test("who fights is told about, and has what was removed put back in the end", seconds=60)
+def fight(lab):
+    lab.connect(TINY)
+    with lab.background("app", None, "sh", "-c", "while :; do ip rule del priority 3731 2>/dev/null; done"):
+        until(20, lambda: "contested" in codes(lab), lambda: f"nobody was told: {codes(lab)}")
+    until(5, lambda: "lookup 7376750" in lab.app("ip", "rule").stdout, "the rule did not come back")
+    lab.fetch_through("http://web.lab.test/")
+
+
+@test("uplink down: blocked for that reason; up again: connected by itself, and nothing left meanwhile", seconds=120)
+def uplink_down(lab):
+    lab.connect(TINY)
+    with stream(lab), lab.nothing_direct(), restored(lab):
+        for _ in range(3):
+            down(lab)
+            took = state(lab, "blocked", 5, "no-uplink")
+            expect("network is down" in lab.status()["reason"]["text"], lab.status()["reason"])
+            time.sleep(0.5)
+            up(lab)
+            back = state(lab, "connected", 8)
+            print(f"  blocked after {took:.2f} s, connected again after {back:.2f} s")
+            time.sleep(1)
+    lab.fetch_through("http://web.lab.test/")
+
+
+@test("a long time without a network: the first uplink that comes is taken at once, not after the pause of a minute", seconds=150)
+def long_outage(lab):
+    lab.connect(TINY)
+    with lab.nothing_direct(), restored(lab):
+        down(lab)
+        state(lab, "blocked", 5, "no-uplink")
+        time.sleep(35)
+        up(lab)
+        took = state(lab, "connected", 5)
+        print(f"  connected again after {took:.2f} s")
+
+
+@test("the default route replaced, gone and back, and another address: the connection follows", seconds=120)
+def another_gateway(lab):
+    lab.net("ip", "addr", "add", "192.0.2.254/24", "dev", "wan0")
+    lab.connect(TINY)
+    try:
+        with lab.nothing_direct(" and not src host 192.0.2.77"), restored(lab):
+            lab.app("ip", "route", "replace", "default", "via", "192.0.2.254")
+            time.sleep(1)
+            lab.check_state("connected")
+            lab.fetch_through("http://web.lab.test/")
+            lab.app("ip", "route", "del", "default")
+            state(lab, "blocked", 5, "no-uplink")
+            # a new lease: another address too
+            lab.app("sh", "-c", f"ip addr add 192.0.2.77/24 dev eth0; ip route add default via {GW4} src 192.0.2.77")
+            state(lab, "connected", 5)
+            lab.fetch_through("http://web.lab.test/")
+            lab.app("sh", "-c", f"ip route replace default via {GW4}; ip addr del 192.0.2.77/24 dev eth0")
+            time.sleep(0.5)
+            state(lab, "connected", 5)
+    finally:
+        lab.net("ip", "addr", "del", "192.0.2.254/24", "dev", "wan0")
+
+
+@test("no route to the proxy, and a network that is down, are not taken for a dead proxy", seconds=90)
+def causes(lab):
+    lab.connect(TINY)
+    lab.app("ip", "route", "add", "unreachable", f"{PROXY}/32")
+    try:
+        state(lab, "blocked", 5, "no-route")
+    finally:
+        lab.app("ip", "route", "del", "unreachable", f"{PROXY}/32")
+    state(lab, "connected", 5)
+    lab.service("stop", "tinyproxy")
+    try:
+        lab.fetch("http://web.lab.test/", check=False, timeout=5)
+        lab.app("sh", "-c", "for i in 1 2 3 4; do curl -s -m 2 http://web.lab.test/; done; true")
+        state(lab, "blocked", 15, "upstream-unreachable")
+    finally:
+        lab.service("start", "tinyproxy", 8888)
+    state(lab, "connected", 70)
+    lab.disconnect()
+    before = lab.state()
+    with restored(lab):
+        down(lab)
+        answer = lab.connect(TINY, code=FAILURE)
+        expect("network is down" in answer, answer)
+        expect(lab.status()["reason"]["code"] == "no-uplink", lab.status()["reason"])
+    until(5, lambda: lab.state() == before, "an attempt without a network left something")
+
+
+@test("an uplink renamed, and a second one with strict reverse-path filtering, are taken in; nothing leaves by them", seconds=90)
+def other_uplinks(lab):
+    pid = lab.net("sh", "-c", "echo $$").stdout and lab.pids["net"]
+    mark = "/proc/sys/net/ipv4/conf/{}/src_valid_mark"
+    lab.connect(TINY)
+    lab.app("sh", "-c", "echo 1 > /proc/sys/net/ipv4/conf/default/rp_filter")
+    try:
+        subprocess.run(["nsenter", "-t", pid, "-n", "ip", "link", "add", "wan1", "type", "veth", "peer", "name", "eth1", "netns", lab.pids["app"]], check=True)
+        lab.app("sh", "-c", "ip link set eth1 up; ip addr add 192.168.77.2/24 dev eth1; ip route add 198.18.0.0/24 via 192.168.77.1 dev eth1 proto dhcp")
+        lab.net("sh", "-c", "ip link set wan1 up; ip addr add 192.168.77.1/24 dev wan1; nft 'add table inet seen { counter got { } ; "
+                "chain in { type filter hook prerouting priority -400; iifname wan1 meta l4proto { tcp, udp, icmp } counter name got ; } ; }'")
+        until(2, lambda: lab.app("cat", mark.format("eth1")).stdout.strip() == "112", "the second uplink did not get its src_valid_mark")
+        lab.app(PYTHON, "-c", """
+import socket
+for kind in socket.SOCK_DGRAM, socket.SOCK_STREAM:
+    for to in ("192.168.77.1", 9), ("198.18.0.1", 9):
+        s = socket.socket(socket.AF_INET, kind); s.setblocking(False)
+        s.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, b"eth1")
+        try: s.connect(to); s.send(b"x")
+        except OSError: pass
+""")
+        time.sleep(0.3)
+        got = lab.net("nft", "-j", "list", "counter", "inet", "seen", "got").stdout
+        packets = [entry["counter"]["packets"] for entry in json.loads(got)["nftables"] if "counter" in entry]
+        expect(packets == [0], f"something left by the second uplink: {got}")
+        lab.app("sh", "-c", "ip link set eth1 down; ip link set eth1 name uplink7; ip link set uplink7 up")
+        until(2, lambda: lab.app("cat", mark.format("uplink7"), check=False).stdout.strip() == "112", "a renamed uplink lost its src_valid_mark")
+        lab.check_state("connected")
+        lab.fetch_through("http://web.lab.test/")
+    finally:
+        lab.app("sh", "-c", "echo 0 > /proc/sys/net/ipv4/conf/default/rp_filter; ip link del eth1 2>/dev/null || ip link del uplink7")
+        lab.net("nft", "delete", "table", "inet", "seen", check=False)
+    lab.check_state("connected")
+
+
+@test("the tunnel device renamed, deleted or down by others: made anew or put back, nothing left meanwhile", seconds=90)
+def device(lab):
+    lab.connect(TINY)
+    with stream(lab), lab.nothing_direct():
+        for change in "ip link set pvpn0 down", "ip link set pvpn0 down; ip link set pvpn0 name other0", "ip link del pvpn0":
+            lab.app("sh", "-c", change)
+            until(8, lambda: lab.status()["state"] == "connected" and "UP" in lab.app("ip", "link", "show", "pvpn0", check=False).stdout,
+                  lambda: f"not there again after: {change}: {lab.status()['state']} {lab.status()['reason']}")
+            time.sleep(0.5)
+            lab.fetch_through("http://web.lab.test/")
+    expect("other0" not in lab.app("ip", "link").stdout, "the renamed device stayed")
+
+
+@test("the machine's DNS servers change, in any way files can: the exceptions follow in one step; named ones stay", seconds=90)
+def resolvers(lab):
+    # a server on a second address, which only its exception lets through
+    lab.net("ip", "addr", "add", "198.51.100.54/32", "dev", "lo")
+    rules = lambda: lab.app("ip", "rule").stdout  # noqa: E731
+    followed = lambda server: f"to {server} " in rules() and lab.status()["resolvers"] == [server]  # noqa: E731
+    ways = [
+        ("echo nameserver 198.51.100.54 > /etc/resolv.conf", "198.51.100.54"),
+        (f"echo nameserver {DNS} > /etc/new.conf; mv /etc/new.conf /etc/resolv.conf", DNS),
+        ("mkdir -p /run/elsewhere; echo nameserver 198.51.100.54 > /run/elsewhere/a; ln -sf /run/elsewhere/a /etc/resolv.conf", "198.51.100.54"),
+        (f"echo nameserver {DNS} > /run/elsewhere/b; mv /run/elsewhere/b /run/elsewhere/a", DNS),
+        ("rm /etc/resolv.conf; echo nameserver 198.51.100.54 > /etc/resolv.conf", "198.51.100.54"),
+    ]
+    try:
+        lab.connect(TINY)
+        expect(followed(DNS), rules())
+        for way, server in ways:
+            lab.app("sh", "-c", way)
+            until(3, lambda: followed(server), lambda: f"not followed: {way}\n{rules()}{lab.status()['resolvers']}")
+            other = "198.51.100.54" if server == DNS else DNS
+            expect(other not in rules(), "the former server is still let through")
+            before = len(lab.packets(f"dst host {other} and port 53"))
+            lab.app(PYTHON, "-c", f"import socket; s = socket.socket(2, 2); s.sendto(b'x' * 20, ('{other}', 53))", check=False)
+            lab.app(PYTHON, "-c", f"import socket; s = socket.socket(2, 2); s.sendto(b'x' * 20, ('{server}', 53))")
+            until(3, lambda: lab.packets(f"dst host {server} and port 53"), "the new server is not let through")
+            expect(len(lab.packets(f"dst host {other} and port 53")) == before, "the former server could be asked")
+        expect("resolvers-changed" in codes(lab), codes(lab))
+        lab.disconnect()
+        lab.connect(TINY, "--dns", DNS)
+        lab.app("sh", "-c", "echo nameserver 198.51.100.54 > /etc/resolv.conf")
+        time.sleep(1)
+        expect(lab.status()["resolvers"] == [DNS] and "198.51.100.54" not in rules(), rules())
+    finally:
+        lab.app("sh", "-c", f"rm -rf /run/elsewhere; echo nameserver {DNS} > /etc/new.conf; mv /etc/new.conf /etc/resolv.conf")
+        lab.net("ip", "addr", "del", "198.51.100.54/32", "dev", "lo")
+
+
+@test("the end of a sleep makes the daemon try at once", seconds=120)
+def resume(lab):
+    lab.connect(TINY)
+    lab.service("stop", "tinyproxy")
+    lab.app("sh", "-c", "for i in 1 2 3 4; do curl -s -m 2 http://web.lab.test/; done; true")
+    state(lab, "blocked", 15)
+    # tries come 1, 3, 7, 15 and 31 s after the begin
+    time.sleep(16)
+    lab.service("start", "tinyproxy", 8888)
+    time.sleep(1)
+    lab.check_state("blocked")
+    lab.app(PYTHON, f"{HERE}/rawbus.py", "awake")
+    took = state(lab, "connected", 4)
+    print(f"  connected {took:.2f} s after the end of the sleep")
+    expect("woke up" in lab.daemon_log(), "the signal was not seen")
+
+
+@test("a proxy with a name and a password is found again by itself", seconds=60)
+def by_name(lab):
+    lab.connect(SQUID)
+    with lab.nothing_direct(), restored(lab):
+        down(lab)
+        state(lab, "blocked", 5, "no-uplink")
+        lab.app("ip", "link", "del", "pvpn0")
+        time.sleep(3)
+        lab.check_state("blocked")
+        expect(lab.status()["reason"]["code"] == "no-uplink", lab.status()["reason"])
+        up(lab)
+        state(lab, "connected", 8)
+    lab.fetch_through("http://web.lab.test/")
