@@ -39,6 +39,7 @@ PY
 }
 check "python files parse" python_files
 check "the leak tests' oracle" python3 tests/leaks/test_wire.py
+check "the leak tests' matrix" python3 tests/leaks/test_matrix.py
 c_compiles() { local file; for file in bench/*.c tests/e2e/*.c; do cc -std=gnu11 -O2 -Wall -Wextra -Werror -fsyntax-only "$file" || return 1; done; }
 check "C files compile without warnings" c_compiles
 bench_tests() {

@@ -3,8 +3,10 @@
 fire     each probe so many rounds: how often it was tried, and what the kernel answered
 stream   the same all the time at so many packets a second, in a process of its own, until `still`
 old      opens what the probes old-* send on; port 7 of plan.SINK* must listen
+inside   opens connections, and `talk` sends on them: through the tunnel, if there is one
 standing joins the groups that a query asks for
 beacon   one packet with the daemon's mark, which may always leave: without it at the far end, a silence means nothing
+full_stop  a frame that ends what is to be judged: what was sent before it has been captured when it has
 advertise  a router advertisement
 """
 
@@ -26,7 +28,8 @@ import probes
 
 OLD = {
     "old-tcp": (probes.V4, socket.SOCK_STREAM, plan.SINK4), "old-tcp6": (probes.V6, socket.SOCK_STREAM, plan.SINK6),
-    "old-device": (probes.V4, socket.SOCK_STREAM, plan.SINK4), "old-udp": (probes.V4, socket.SOCK_DGRAM, plan.SINK4),
+    "old-device": (probes.V4, socket.SOCK_STREAM, plan.SINK4), "old-listener": (probes.V4, socket.SOCK_STREAM, plan.SINK4),
+    "old-udp": (probes.V4, socket.SOCK_DGRAM, plan.SINK4),
 }
 
 
@@ -37,7 +40,7 @@ class Agent:
     def __init__(self, where):
         self.chosen = [one for one in probes.PROBES if one.where == where]
         self.sequence = itertools.count(1)
-        self.old, self.standing, self.shots = {}, [], []
+        self.old, self.listeners, self.standing, self.shots, self.within = {}, [], [], [], []
         self.child = None
 
     def one(self, probe, order):
@@ -107,9 +110,10 @@ class Agent:
         return counts
 
     def open_old(self, order):
-        for one in self.old.values():
+        for one in [*self.old.values(), *self.listeners]:
             one.close()
         self.old.clear()
+        self.listeners.clear()
         for name, (family, kind, address) in OLD.items():
             number, one = probes.by_name(name).number, socket.socket(family, kind)
             one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -120,9 +124,30 @@ class Agent:
             one.bind(("", plan.source_port(number, next(self.sequence))))
             one.settimeout(3)
             one.connect((address, 7))
+            if name == "old-listener":
+                self.listeners.append(listener := socket.socket(family, kind))
+                listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                listener.bind(("", one.getsockname()[1]))
+                listener.listen()
             one.setblocking(False)
             self.old[name] = one
         return {}
+
+    def inside(self, _order):
+        for one in self.within:
+            one.close()
+        self.within = [socket.create_connection((address, 7), timeout=10) for address in (plan.SINK4, plan.SINK6)]
+        return {}
+
+    def talk(self, _order):
+        said = {}
+        for number, one in enumerate(self.within):
+            try:
+                one.send(frames.token(0xFFFF, next(self.sequence)))
+                said[str(number)] = ""
+            except OSError as error:
+                said[str(number)] = str(error)
+        return said
 
     def join(self, order):
         for one in self.standing:
@@ -148,6 +173,13 @@ class Agent:
                 one.sendto(frames.token(0, next(self.sequence)), (plan.SINK4, plan.destination_port(0)))
         return {}
 
+    def full_stop(self, order):
+        shot = probes.Shot(0, 0, order)
+        for link in order["uplinks"]:
+            shot.frame(link, 0x88B5, order["text"].encode().ljust(46, b"\0"))
+        shot.close()
+        return {}
+
     def advertise(self, order):
         shot = probes.Shot(0, 0, order)
         for link in order["uplinks"]:
@@ -161,7 +193,7 @@ def main():
     agent = Agent(sys.argv[1])
     orders = {
         "fire": agent.fire, "stream": agent.stream, "still": agent.still, "old": agent.open_old, "standing": agent.join,
-        "beacon": agent.beacon, "advertise": agent.advertise,
+        "beacon": agent.beacon, "advertise": agent.advertise, "full_stop": agent.full_stop, "inside": agent.inside, "talk": agent.talk,
     }
     for line in sys.stdin:
         order = json.loads(line)

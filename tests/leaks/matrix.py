@@ -9,6 +9,7 @@ from scenarios import STEERED, UNSTEERED
 
 # What is known and documented as a limit, by (probe, column); "*" is any. It is shown and counted apart, never silent.
 DOCUMENTED = {
+    ("old-listener", "*"): "a connection of before, from a port on which the machine listens, is taken for one from outside",
     ("dhcp-shaped", "*"): "DHCP's ports, which need root, may be used towards any address",
 }
 HELD, LEAK, LIMIT, FIRED, MUTE, NONE, VOID = "·", "L", "d", "!", "X", "-", "?"
@@ -26,11 +27,24 @@ def progress(column):
     return f"{bad} {column.name} ({column.seconds:.1f} s, {sum(sum(c.values()) for c in column.tried.values())} tries){leaks}"
 
 
+# what the kernel says to a protocol that it was built without
+UNKNOWN = {"EPROTONOSUPPORT", "ESOCKTNOSUPPORT", "ENOPROTOOPT", "EAFNOSUPPORT"}
+
+
+def absent(columns):
+    """Probes whose protocol this kernel does not have."""
+    for column in columns:
+        if column.scenario.kind == "anti":
+            for name, tries in column.tried.items():
+                if name not in column.seen and set(tries) <= UNKNOWN:
+                    yield name, f"this kernel does not have it ({', '.join(tries)})"
+
+
 class Matrix:
     def __init__(self, columns, broken, lost):
         self.columns = [one for one in columns if not one.skipped]
         self.absent = [one for one in columns if one.skipped]
-        self.broken, self.lost = broken, lost
+        self.broken, self.lost = broken | dict(absent(self.columns)), lost
         self.rows = [one.name for one in probes.PROBES] + [wire.OTHER]
         self.mute = {name for name in self.rows if any(self.judge(name, one) == MUTE for one in self.columns)}
         self.cells = {(name, one.name): self.cell(name, one) for name in self.rows for one in self.columns}
@@ -39,7 +53,7 @@ class Matrix:
         self.limits = counts[LIMIT]
         # a leak, a mute probe, and what made a column worthless
         self.failed = counts[LEAK] + counts[MUTE] + sum(len(one.failures) for one in columns) + bool(lost)
-        self.skipped = len(self.absent) + len(broken)
+        self.skipped = len(self.absent) + len(self.broken)
 
     def judge(self, name, column):
         if name in self.broken:
@@ -53,7 +67,7 @@ class Matrix:
                 return LEAK if steered and name in STEERED else FIRED
             if not steered or name in UNSTEERED:
                 return MUTE
-        return HELD if tried or (name == wire.OTHER and column.windows) else NONE
+        return HELD if tried or (name == wire.OTHER and (column.windows or column.without_tunnel)) else NONE
 
     def cell(self, name, column):
         found = self.judge(name, column)

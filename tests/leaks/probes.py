@@ -13,7 +13,7 @@ import frames
 import plan
 
 V4, V6 = socket.AF_INET, socket.AF_INET6
-IP_PKTINFO, IP_NODEFRAG, IPV6_PKTINFO, IPPROTO_MPTCP = 8, 22, 50, 262
+IP_PKTINFO, IP_NODEFRAG, IPV6_PKTINFO, IPPROTO_MPTCP, IPPROTO_UDPLITE = 8, 22, 50, 262, 136
 IP_MTU_DISCOVER, IP_PMTUDISC_DONT, SOL_PACKET, PACKET_QDISC_BYPASS = 10, 0, 263, 20
 
 # where: app (the machine under test), box (a container in it), lan (an attacker on its network); user: of the socket
@@ -136,6 +136,11 @@ def _(shot):
 @probe("udp6", "a UDP packet, IPv6")
 def _(shot):
     shot.udp(V6, plan.SINK6)
+
+
+@probe("udplite", "a UDP-Lite packet")
+def _(shot):
+    shot.socket(V4, socket.SOCK_DGRAM, IPPROTO_UDPLITE).sendto(shot.token, (plan.SINK4, shot.port))
 
 
 @probe("icmp", "ping by an unprivileged socket")
@@ -491,6 +496,11 @@ def _(shot):
     shot.keep.send(shot.token)
 
 
+@probe("old-listener", "the same, from a port on which the machine listens")
+def _(shot):
+    shot.keep.send(shot.token)
+
+
 @probe("old-udp", "a UDP socket connected before Connect")
 def _(shot):
     shot.keep.send(shot.token)
@@ -578,6 +588,23 @@ def _(shot):
     def ask(link):
         segment = frames.tcp(link["router6"], plan.TUNNEL6, (443, plan.source_port(shot.number, 0)), 0x12, 1, 1)
         shot.frame(link, frames.IP6, frames.ip6(6, link["router6"], plan.TUNNEL6, segment))
+
+    shot.each_uplink(ask)
+
+
+@probe("answer-ping", "a ping from the local network", where="lan", user="root")
+def _(shot):
+    def ask(link):
+        shot.frame(link, frames.IP4, frames.ip4(1, link["router4"], link["address4"], frames.icmp(8, frames.echo(shot.token))))
+
+    shot.each_uplink(ask)
+
+
+@probe("answer-udp", "UDP from the local network to a port that is closed", where="lan", user="root")
+def _(shot):
+    def ask(link):
+        data = frames.udp(link["router4"], link["address4"], (shot.port, shot.port), shot.token)
+        shot.frame(link, frames.IP4, frames.ip4(17, link["router4"], link["address4"], data))
 
     shot.each_uplink(ask)
 

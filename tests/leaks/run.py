@@ -33,7 +33,7 @@ class Column:
     def __init__(self, scenario):
         self.scenario, self.name = scenario, scenario.name
         self.probes = [one.name for one in probes.PROBES]
-        self.windows, self.opened, self.failures = [], [], []
+        self.windows, self.opened, self.without_tunnel, self.failures = [], [], [], []
         self.tried, self.leaks, self.seen = {}, {}, {}
         self.skipped, self.seconds = "", 0.0
 
@@ -83,7 +83,10 @@ def one(world, scenario, limit):
     finally:
         signal.alarm(0)
     if not column.skipped:
-        world.judge(column)
+        try:
+            world.judge(column)
+        except Failed as error:
+            column.failures.append(str(error))
     column.seconds = time.monotonic() - start
     return column
 

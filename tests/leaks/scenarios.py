@@ -199,6 +199,19 @@ def _(world):
     world.await_state("disconnected")
 
 
+@column("after-disconnect", "connections of the tunnel after disconnect: its address is never seen")
+def _(world):
+    world.connected()
+    world.agents["app"].ask("inside", world)
+    said = world.agents["app"].ask("talk", world)
+    expect(not any(said.values()), f"a connection through the tunnel does not work: {said}")
+    with world.without_tunnel():
+        world.lab.disconnect()
+        for _ in range(8):
+            world.agents["app"].ask("talk", world)
+            time.sleep(0.2)
+
+
 # ---- faults of the daemon
 
 def killed(world, name, times):
@@ -258,7 +271,7 @@ def _(world):
             if upgrade:
                 program = f"{world.lab.stage}/usr/libexec/proxyvpn/proxyvpnd"
                 subprocess.run(["sh", "-ec", 'cp -p "$1" "$1.new"; mv "$1.new" "$1"', "-", program], check=True)
-            world.lab.daemon_stop("TERM")
+            world.lab.daemon_stop("INT")  # as TERM, but the lab keeps what systemd keeps for a restart
             world.fire()
             starter = threading.Thread(target=world.restart)
             starter.start()
@@ -546,6 +559,29 @@ def _(world):
             world.fire(3)
     finally:
         rename("eth0")
+
+
+@column("uplink-bridged", "the uplink becomes the port of a bridge, as for virtual machines")
+def _(world):
+    world.connected()
+    uplink = world.uplinks[0]
+    mac = uplink.link["mac"]
+    try:
+        with world.guarded(beacons=False), world.stream():
+            world.in_box("ip link delete mv0")
+            world.shell("app", f"ip link add wanbr address {mac} type bridge; ip addr flush dev eth0; ip link set eth0 master wanbr; ip link set wanbr up")
+            uplink.name = "wanbr"
+            world.plug(uplink)
+            world.see()
+            world.fire(2)
+            time.sleep(0.5)
+        with world.guarded():
+            world.fire(3)
+    finally:
+        world.shell("app", "ip link delete wanbr", check=False)
+        uplink.name = "eth0"
+        world.plug(uplink)
+        world.see()
 
 
 @column("uplink-gone", "the uplink is taken away, and another comes with the same name")

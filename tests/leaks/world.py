@@ -34,7 +34,7 @@ class World:
     def __init__(self, lab, keep):
         self.lab, self.keep = lab, keep
         self.uplinks, self.captures, self.tcpdumps, self.agents = [Uplink(0)], [], [], {}
-        self.users, self.oracle, self.column, self.captured, self.indices = {}, None, None, 0, set()
+        self.users, self.oracle, self.column, self.captured, self.indices, self.stops = {}, None, None, 0, set(), 0
         self.broken = {}  # probes that this machine cannot run, and why
 
     # ---- making it
@@ -231,10 +231,35 @@ class World:
         time.sleep(0.4)
         self.column.opened.append((start, time.time_ns()))
 
+    @contextlib.contextmanager
+    def without_tunnel(self):
+        """The network is open, but the tunnel's own addresses must never be seen."""
+        start = time.time_ns()
+        yield
+        time.sleep(0.05)
+        self.column.without_tunnel.append((start, time.time_ns()))
+
+    def captured_until_now(self):
+        """The packets since the last time; tcpdump writes them when it gets to it."""
+        self.stops += 1
+        text = f"full stop {self.stops}."
+        self.see()
+        self.agents["lan"].ask("full_stop", self, text=text)
+        missing, packets = {uplink.far for uplink in self.uplinks if uplink.link}, []
+
+        def complete():
+            for seen in [seen for capture in self.captures for seen in capture.new()]:
+                packets.append(seen)
+                if text.encode() in seen.data:
+                    missing.discard(seen.device)
+            return not missing
+
+        until(20, complete, lambda: f"the capture on {', '.join(missing)} does not go on")
+        return packets
+
     def judge(self, column):
         """What the captures say about the column's windows."""
-        time.sleep(0.1)
-        packets = sorted((seen for capture in self.captures for seen in capture.new()), key=lambda seen: seen.time)
+        packets = sorted(self.captured_until_now(), key=lambda seen: seen.time)
         beacons = [0] * len(column.windows)
         for seen in packets:
             probe = self.oracle.verdict(seen)
@@ -245,7 +270,9 @@ class World:
                     beacons[number] += probe == wire.BEACON
                     if probe != wire.BEACON:
                         column.leaks.setdefault(probe, []).append(seen)
-            if any(start <= seen.time <= end for start, end in column.opened):
+            if within(column.without_tunnel, seen) and wire.parse(seen.data).source in (plan.TUNNEL4, plan.TUNNEL6):
+                column.leaks.setdefault(wire.OTHER, []).append(seen)
+            if within(column.opened, seen):
                 column.seen[probe] = column.seen.get(probe, 0) + 1
         for number, (_, _, wanted) in enumerate(column.windows):
             if wanted and beacons[number] < 2:
@@ -333,6 +360,10 @@ class World:
         with open(f"{self.lab.dir}/logs/proxyvpnd.log", encoding="utf-8", errors="replace") as file:
             file.seek(offset)
             return file.read()
+
+
+def within(windows, seen):
+    return any(start <= seen.time <= end for start, end in windows)
 
 
 def freeze(pid, run):
