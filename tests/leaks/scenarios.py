@@ -128,6 +128,16 @@ def _(world):
     world.await_state("connected")
 
 
+@column("replaced", "the rules are replaced again and again, in a flood from a container and from the machine")
+def _(world):
+    world.connected()
+    with world.guarded(), world.stream(["box-udp", "device-udp"], 20_000):
+        for _ in range(world.times(10, 100)):
+            world.lab.proxyctl("reconnect")
+        world.fire(1)
+    world.await_state("connected")
+
+
 @column("held", "going on with a connection while the proxy is silent: connecting behind the block")
 def _(world):
     world.connected()

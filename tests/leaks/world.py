@@ -193,15 +193,14 @@ class World:
             self.column.count(agent.receive())
 
     @contextlib.contextmanager
-    def stream(self):
-        """The probes of STREAM meanwhile, all together STREAM_RATE packets a second."""
-        chosen = [name for name in STREAM if name in self.column.probes and name not in self.broken]
+    def stream(self, names=STREAM, rate=STREAM_RATE):
+        """These probes meanwhile, all together so many packets a second."""
+        chosen = [name for name in names if name in self.column.probes and name not in self.broken]
         running = []
         for where in "app", "box":
             mine = [name for name in chosen if probes.by_name(name).where == where]
             if mine:
-                rate = STREAM_RATE * len(mine) / len(chosen)
-                self.agents[where].ask("stream", self, probes=mine, rate=rate)
+                self.agents[where].ask("stream", self, probes=mine, rate=rate * len(mine) / len(chosen))
                 running.append(self.agents[where])
         try:
             yield
