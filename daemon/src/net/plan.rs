@@ -6,7 +6,7 @@ use ipnet::IpNet;
 
 use super::desired::{Desired, MARK, RULE_PRIORITIES, RULE_PRIORITY, SYSCTL_ON, TABLE, Tunnel};
 use super::observed::{Observed, SourceValidation};
-use super::step::{Action, Change, Family, Route, Rule, Step, Target};
+use super::step::{Action, Change, Family, Route, Rule, Step, Target, Verdict};
 
 /// `RT_TABLE_MAIN`.
 pub(super) const MAIN: u32 = 254;
@@ -115,7 +115,7 @@ fn rules(observed: &Observed, desired: &Desired) -> Vec<Rule> {
         users: None,
         protocol: None,
         ports: None,
-        table: MAIN,
+        verdict: Verdict::Lookup(MAIN),
     };
     for family in families(observed) {
         rules.push(Rule { mark: Some((MARK, u32::MAX)), ..any(family, 0) });
@@ -135,7 +135,11 @@ fn rules(observed: &Observed, desired: &Desired) -> Vec<Rule> {
                 }
             }
         }
-        rules.push(Rule { protocol: Some(TCP), table: TABLE, ..any(family, RULE_PRIORITIES - 1) });
+        // Where the main table has no way for the daemon's own connections, the tunnel is none: they would come back to it.
+        let marked = Some((MARK, u32::MAX));
+        rules.push(Rule { mark: marked, verdict: Verdict::Unreachable, ..any(family, RULE_PRIORITIES - 2) });
+        let verdict = Verdict::Lookup(TABLE);
+        rules.push(Rule { protocol: Some(TCP), verdict, ..any(family, RULE_PRIORITIES - 1) });
     }
     // The kernel would take a rule twice and give it back twice.
     let mut unique: Vec<Rule> = Vec::with_capacity(rules.len());
@@ -291,10 +295,12 @@ rule add priority 3703 to 192.0.2.53/32 ipproto udp dport 53 lookup main protoco
 rule add priority 3703 to 192.0.2.53/32 ipproto tcp dport 53 lookup main protocol 112
 rule add priority 3703 to 192.0.2.54/32 ipproto udp dport 53 lookup main protocol 112
 rule add priority 3703 to 192.0.2.54/32 ipproto tcp dport 53 lookup main protocol 112
+rule add priority 3730 fwmark 0x7076706e/0xffffffff unreachable protocol 112
 rule add priority 3731 ipproto tcp lookup 7376750 protocol 112
 rule add -6 priority 3700 fwmark 0x7076706e/0xffffffff lookup main protocol 112
 rule add -6 priority 3701 uidrange 13-13 lookup main protocol 112
 rule add -6 priority 3702 to fe80::/10 lookup main protocol 112
+rule add -6 priority 3730 fwmark 0x7076706e/0xffffffff unreachable protocol 112
 rule add -6 priority 3731 ipproto tcp lookup 7376750 protocol 112
 ";
         let mut observed = machine();
@@ -328,7 +334,7 @@ rule add -6 priority 3731 ipproto tcp lookup 7376750 protocol 112
             ),
             (
                 "somebody removed the rule that steers IPv6",
-                |observed, _| observed.rules.retain(|rule| rule.family == Family::V4 || rule.table == MAIN),
+                |observed, _| observed.rules.retain(|rule| rule.family == Family::V4 || rule.verdict != Verdict::Lookup(TABLE)),
                 "rule add -6 priority 3731 ipproto tcp lookup 7376750 protocol 112\n",
             ),
             (

@@ -25,7 +25,7 @@ use rtnetlink::sys::AsyncSocket as _;
 use super::desired::{ROUTE_PROTOCOL, RULE_PRIORITIES, RULE_PRIORITY, TABLE};
 use super::observed::{Address, Hop, Link, MainRoute, SourceValidation};
 use super::plan::MAIN;
-use super::step::{Family, Route, Rule, Target};
+use super::step::{Family, Route, Rule, Target, Verdict};
 
 /// Alias (`IFLA_IFALIAS`) that tells that a TUN device is ours.
 pub(super) const ALIAS: &str = "proxyvpn";
@@ -155,10 +155,15 @@ pub(super) fn routes_of(table: u32, family: Family) -> RouteNetlinkMessage {
 pub(super) fn rule_message(rule: &Rule) -> RuleMessage {
     let mut message = RuleMessage::default();
     message.header.family = address_family(rule.family);
-    message.header.action = RuleAction::ToTable;
     let attributes = &mut message.attributes;
     attributes.push(RuleAttribute::Priority(rule.priority));
-    attributes.push(RuleAttribute::Table(rule.table));
+    message.header.action = match rule.verdict {
+        Verdict::Lookup(table) => {
+            attributes.push(RuleAttribute::Table(table));
+            RuleAction::ToTable
+        }
+        Verdict::Unreachable => RuleAction::Unreachable,
+    };
     attributes.push(RuleAttribute::Protocol(RouteProtocol::from(ROUTE_PROTOCOL)));
     if let Some((mark, mask)) = rule.mark {
         attributes.push(RuleAttribute::FwMark(mark));
@@ -190,14 +195,14 @@ pub(super) fn parse_rule(message: &RuleMessage) -> Option<(u32, Option<Rule>)> {
         users: None,
         protocol: None,
         ports: None,
-        table: u32::from(message.header.table),
+        verdict: Verdict::Lookup(u32::from(message.header.table)),
     };
     let mut owner = None;
     let (mut mark, mut mask) = (None, u32::MAX);
     for attribute in &message.attributes {
         match attribute {
             RuleAttribute::Priority(value) => rule.priority = *value,
-            RuleAttribute::Table(value) => rule.table = *value,
+            RuleAttribute::Table(value) => rule.verdict = Verdict::Lookup(*value),
             RuleAttribute::Protocol(value) => owner = Some(u8::from(*value)),
             RuleAttribute::FwMark(value) => mark = Some(*value),
             RuleAttribute::FwMask(value) => mask = *value,
@@ -209,6 +214,9 @@ pub(super) fn parse_rule(message: &RuleMessage) -> Option<(u32, Option<Rule>)> {
         }
     }
     rule.mark = mark.map(|mark| (mark, mask));
+    if message.header.action == RuleAction::Unreachable {
+        rule.verdict = Verdict::Unreachable;
+    }
     let range = RULE_PRIORITY..RULE_PRIORITY + RULE_PRIORITIES;
     let ours = owner == Some(ROUTE_PROTOCOL) && range.contains(&rule.priority);
     Some((rule.priority, ours.then_some(rule)))

@@ -137,7 +137,16 @@ pub(super) struct Rule {
     pub(super) protocol: Option<u8>,
     /// First and last destination port.
     pub(super) ports: Option<(u16, u16)>,
-    pub(super) table: u32,
+    pub(super) verdict: Verdict,
+}
+
+/// What becomes of what a policy rule matches.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Verdict {
+    /// This table is asked; the next rule, if it has no route.
+    Lookup(u32),
+    /// Refused as unreachable.
+    Unreachable,
 }
 
 /// What a step changes.
@@ -283,9 +292,10 @@ impl fmt::Display for Rule {
             Some((first, last)) if first == last => write!(f, " dport {first}")?,
             Some((first, last)) => write!(f, " dport {first}-{last}")?,
         }
-        match self.table {
-            254 => f.write_str(" lookup main")?,
-            other => write!(f, " lookup {other}")?,
+        match self.verdict {
+            Verdict::Lookup(254) => f.write_str(" lookup main")?,
+            Verdict::Lookup(other) => write!(f, " lookup {other}")?,
+            Verdict::Unreachable => f.write_str(" unreachable")?,
         }
         write!(f, " protocol {ROUTE_PROTOCOL}")
     }

@@ -30,6 +30,7 @@ fn each_kind_of_traffic_takes_its_way() {
         let mut network = open(&world.state).await;
         let mut desired = desired();
         let _fds = connect(&mut network, &desired).await;
+        sh("ip route add throw 198.18.99.0/24");
         // 1886810222 is the mark.
         assert_eq!(MARK, 1_886_810_222);
         let cases = [
@@ -40,6 +41,9 @@ fn each_kind_of_traffic_takes_its_way() {
             ("2001:db8:9::9 ipproto tcp dport 443 mark 1886810222", "up0"),
             ("203.0.113.9 ipproto tcp dport 443 mark 1886810223", "pvpn0"),
             ("203.0.113.9 ipproto tcp dport 443 mark 0x706e", "pvpn0"),
+            // Not even where the main table has no way for it.
+            ("198.18.99.9 ipproto tcp dport 443 mark 1886810222", "Network is unreachable"),
+            ("198.18.99.9 ipproto tcp dport 443", "pvpn0"),
             ("203.0.113.9 ipproto tcp dport 443 uid 13", "up0"),
             ("2001:db8:9::9 ipproto tcp dport 443 uid 13", "up0"),
             ("203.0.113.9 ipproto tcp dport 443 uid 14", "pvpn0"),
@@ -99,6 +103,39 @@ fn listen(address: &str) -> u16 {
     let port = listener.local_addr().unwrap().port();
     serve(listener);
     port
+}
+
+/// Packets that wait on the device.
+fn waiting(device: &OwnedFd) -> usize {
+    let mut frame = vec![0; 70_000];
+    std::iter::from_fn(|| rustix::io::read(device, &mut frame).ok()).count()
+}
+
+#[test]
+#[ignore = "needs root and makes network namespaces"]
+fn the_daemons_own_connections_never_go_into_the_tunnel() {
+    let world = World::new();
+    world.host.run_async(async || {
+        let mut network = open(&world.state).await;
+        let fds = connect(&mut network, &desired()).await;
+        let destinations: [SocketAddr; 2] = ["203.0.113.9:443".parse().unwrap(), "[2001:db8:9::9]:443".parse().unwrap()];
+        // The uplink is gone, then somebody removes the rule that leads marked connections to it, then the one that refuses them.
+        for step in ["ip route del default; ip -6 route del default", "rule 3700", "rule 3730"] {
+            match step.strip_prefix("rule ") {
+                Some(priority) => sh(&format!("ip rule del priority {priority}; ip -6 rule del priority {priority}")),
+                None => sh(step),
+            };
+            for to in destinations {
+                waiting(&fds[0]);
+                assert!(reach(to, Some(MARK)).is_err());
+                assert_eq!(waiting(&fds[0]), 0, "after {step}: {to} went into the tunnel");
+                // Anti-test: what is not the daemon's does.
+                assert!(reach(to, None).is_err());
+                assert!(waiting(&fds[0]) > 0);
+            }
+        }
+        assert!(network.clean_up(Owned::Unexpected).await.errors.is_empty());
+    });
 }
 
 /// Plays the far end of one TCP connection over IPv4 on the device: reads until a SYN to `to` comes and answers it.

@@ -113,7 +113,10 @@ fn filter_output(desired: &Desired) -> Vec<Rule> {
 
 /// Drops by the final device whatever is not allowed, also what was forwarded.
 fn postrouting(desired: &Desired) -> Vec<Rule> {
-    let mut rules = allowed(desired);
+    // The daemon's own connections into its own tunnel would come back to it, without an end.
+    let tunnel = desired.tunnel.iter().map(|tunnel| vec![Match::Oif(tunnel.name.clone()), Match::Mark]);
+    let mut rules: Vec<Rule> = tunnel.map(|matches| rule(matches, Action::Drop)).collect();
+    rules.extend(allowed(desired));
     rules.push(rule(vec![], Action::Count));
     rules
 }
@@ -223,6 +226,7 @@ filter_output meta l4proto tcp reject with tcp reset
 filter_output meta l4proto udp reject with icmpx port-unreachable
 filter_output reject with icmpx admin-prohibited
 postrouting { type filter hook postrouting priority 300; policy drop; }
+postrouting oifname "pvpn0" meta mark 0x7076706e drop
 ALLOWED postrouting
 postrouting counter
 "#;
