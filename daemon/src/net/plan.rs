@@ -334,7 +334,9 @@ rule add -6 priority 3731 ipproto tcp lookup 7376750 protocol 112
             ),
             (
                 "somebody removed the rule that steers IPv6",
-                |observed, _| observed.rules.retain(|rule| rule.family == Family::V4 || rule.verdict != Verdict::Lookup(TABLE)),
+                |observed, _| {
+                    observed.rules.retain(|rule| rule.family == Family::V4 || rule.verdict != Verdict::Lookup(TABLE))
+                },
                 "rule add -6 priority 3731 ipproto tcp lookup 7376750 protocol 112\n",
             ),
             (

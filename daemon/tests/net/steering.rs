@@ -118,7 +118,8 @@ fn the_daemons_own_connections_never_go_into_the_tunnel() {
     world.host.run_async(async || {
         let mut network = open(&world.state).await;
         let fds = connect(&mut network, &desired()).await;
-        let destinations: [SocketAddr; 2] = ["203.0.113.9:443".parse().unwrap(), "[2001:db8:9::9]:443".parse().unwrap()];
+        let destinations: [SocketAddr; 2] =
+            ["203.0.113.9:443".parse().unwrap(), "[2001:db8:9::9]:443".parse().unwrap()];
         // The uplink is gone, then somebody removes the rule that leads marked connections to it, then the one that refuses them.
         for step in ["ip route del default; ip -6 route del default", "rule 3700", "rule 3730"] {
             match step.strip_prefix("rule ") {
