@@ -17,7 +17,7 @@ use tracing::level_filters::LevelFilter;
 use tracing_subscriber::layer::{Layer as _, SubscriberExt as _};
 use tracing_subscriber::util::SubscriberInitExt as _;
 
-use crate::backend::proxy::Proxy;
+use crate::backend::{self, proxy::Proxy};
 use crate::config::daemon::{self, DaemonConfig};
 use crate::config::store::ProfileStore;
 use crate::config::watch::Watch;
@@ -123,6 +123,9 @@ async fn clean_up(args: &Args) -> Result<(), Fatal> {
         .map_err(|error| Fatal::new("cannot clean up", &error))?;
     // systemd keeps the socket that owns the table until ExecStopPost= has ended, and then lets it go.
     let report = network.clean_up(if args.stop_post { Owned::Expected } else { Owned::Unexpected }).await;
+    if !report.removed.is_empty() {
+        backend::flush_caches().await;
+    }
     for removed in &report.removed {
         println!("{removed}");
     }

@@ -1,4 +1,4 @@
-//! Flushing DNS caches, so that answers of before are not used after.
+//! Flushing DNS caches at both ends of a connection, so that answers of before are not used after.
 
 use std::time::Duration;
 
@@ -15,6 +15,13 @@ pub(super) async fn flush(bus: &Connection) {
         Ok(Ok(false)) => {}
         Ok(Err(error)) => tracing::warn!("systemd-resolved keeps its cache: {error}"),
         Err(_) => tracing::warn!("systemd-resolved does not answer; its cache is kept"),
+    }
+}
+
+/// [`flush`] for a process that has no connection to the bus. Without a bus there is no systemd-resolved that could be asked.
+pub async fn flush_alone() {
+    if let Ok(Ok(bus)) = tokio::time::timeout(TIMEOUT, Connection::system()).await {
+        flush(&bus).await;
     }
 }
 

@@ -89,10 +89,28 @@ async fn machine(report: &mut Report, state_dir: &Path, desired: &Desired) -> Ve
             report.ok(code, found(code, network.as_ref()));
         }
     }
+    if let Some(network) = &network {
+        ends_connections(report, network);
+    }
     match &network {
         Some(network) => network.own_addresses().await.unwrap_or_default(),
         None => Vec::new(),
     }
+}
+
+/// Does the kernel end connections from before at once? If not, programs that only wait notice it late.
+fn ends_connections(report: &mut Report, network: &Network) {
+    const CODE: &str = "old-connections";
+    let text = match network.ends_connections() {
+        Ok(true) => {
+            return report.ok(CODE, "Connections from before are ended at once, so that programs connect again");
+        }
+        Ok(false) => "This kernel does not end connections (CONFIG_INET_DIAG_DESTROY); those from before are cut when \
+                      their programs send next"
+            .to_owned(),
+        Err(error) => format!("The kernel's table of connections cannot be asked (tcp_diag): {error}"),
+    };
+    report.add(CODE, "warning", text, "after connecting, start programs anew that wait for an answer");
 }
 
 fn found(code: &str, network: Option<&Network>) -> String {

@@ -8,7 +8,7 @@
 //! - `question`: asking the upstream beside everything else
 //! - `shortage`: what this machine runs out of
 //! - `network`: from a profile to a desired network
-//! - `caches`: flushing DNS caches
+//! - [`flush_caches`]: flushing DNS caches
 //! - `checks`: the checks of the diagnosis
 
 mod caches;
@@ -21,3 +21,5 @@ pub mod proxy;
 mod question;
 mod shortage;
 mod upstream;
+
+pub use caches::flush_alone as flush_caches;

@@ -335,7 +335,9 @@ impl World for Proxy {
             }
             Phase::ApplyRoutes => {
                 self.apply(Stage::Routes).await?;
-                self.in_force = self.desired.clone();
+                let desired = self.desired()?;
+                self.network().await?.end_older(&desired).await;
+                self.in_force = Some(desired);
                 Ok(())
             }
             // `bypass` leaves the resolvers as they are: rules and firewall let them through.
@@ -359,9 +361,13 @@ impl World for Proxy {
         self.applied = firewall.is_ok();
         self.desired = Some(desired.clone());
         // Also what could not be applied: the next look tries again.
-        self.in_force = Some(desired);
+        self.in_force = Some(desired.clone());
         self.resolvers = resolvers;
         self.stop_engine().await;
+        // Also those that went through the engine. Without a firewall their resets could leave.
+        if firewall.is_ok() && routes.is_ok() {
+            self.network().await?.end_older(&desired).await;
+        }
         firewall.and(routes).map_err(|error| network::failure(&error))
     }
 
@@ -498,14 +504,15 @@ impl World for Proxy {
         self.in_force = None;
         self.lookout = Lookout::default();
         self.applied = false;
+        let bus = self.bus.clone();
         match self.network().await {
-            Ok(network) => network
-                .clean_up(Owned::Unexpected)
-                .await
-                .errors
-                .iter()
-                .map(|error| crate::machine::failure::chain(error))
-                .collect(),
+            Ok(network) => {
+                let done = network.clean_up(Owned::Unexpected).await;
+                if !done.removed.is_empty() {
+                    caches::flush(&bus).await;
+                }
+                done.errors.iter().map(|error| crate::machine::failure::chain(error)).collect()
+            }
             Err(failure) => vec![format!("Looking for what an earlier run may have left: {}", failure.text)],
         }
     }

@@ -14,11 +14,15 @@
 //! - [`Look`]: what others changed, put back
 //! - [`Way`]: how the upstream is reached
 //! - [`Finding`]: whether what was applied is still there
+//! - `diag`: the kernel's table of sockets over sock_diag(7)
 //! - [`SocketOwners`]: whose a connection of this machine is
-//! - [`sockets`]: TCP sockets of this machine
+//! - [`sockets`]: TCP sockets of this machine, and which of them began outside
+//! - `cut`: ending the connections that cannot go on
 //! - [`firewall`]: the nft table: a small value, compiled purely to rules, sent as one transaction
 
+mod cut;
 pub mod desired;
+mod diag;
 mod error;
 pub mod firewall;
 mod health;

@@ -13,7 +13,7 @@ use super::journal::Journal;
 use super::kernel::{self, Kernel};
 use super::observed::Observed;
 use super::step::{Action, Change, Stage, Step};
-use super::{Error, Keeping, plan, preflight, sockets};
+use super::{Error, Keeping, cut, plan, preflight, sockets};
 
 /// How often a plan is made and done before somebody else is at work.
 pub(super) const ROUNDS: u32 = 3;
@@ -30,6 +30,8 @@ pub struct Network {
     pub(super) installed: Option<Ruleset>,
     /// The devices that were there at the last look.
     pub(super) devices: Option<Vec<(u32, String)>>,
+    /// Addresses of the tunnels that this process made since the last clean-up.
+    tunnelled: HashSet<IpAddr>,
 }
 
 /// A firewall that belongs to another process's socket, which a clean-up can't remove.
@@ -57,7 +59,8 @@ impl Network {
     /// [`Error::Connect`]. A missing firewall is not an error here but in [`preflight`](Self::preflight).
     pub async fn open(state_dir: &Path, keeping: Keeping) -> Result<Self, Error> {
         let (kernel, journal) = (Kernel::connect()?, Journal::open(state_dir));
-        let mut network = Self { kernel, journal, backend: None, keeping, installed: None, devices: None };
+        let (installed, devices, tunnelled) = (None, None, HashSet::new());
+        let mut network = Self { kernel, journal, backend: None, keeping, installed, devices, tunnelled };
         if let Err(error) = network.backend().await {
             tracing::warn!(error = &error as &dyn std::error::Error, "no firewall");
         }
@@ -162,8 +165,9 @@ impl Network {
             Ok(fds) => self.apply_steps(Stage::Tunnel, &desired).await.map(|()| fds),
             Err(error) => Err(error),
         };
-        if made.is_err() {
-            self.journal.roll_back(before)?;
+        match &made {
+            Ok(_) => self.tunnelled.extend([IpAddr::V4(tunnel.v4.addr()), IpAddr::V6(tunnel.v6.addr())]),
+            Err(_) => self.journal.roll_back(before)?,
         }
         made
     }
@@ -259,11 +263,41 @@ impl Network {
         Err(error.into())
     }
 
+    /// Ends the connections from before that `desired` does not let go on, so that their programs are told at once instead of
+    /// when they send next. To be called when both stages are in force: what the kernel sends for it must not leave. A
+    /// failure is logged; nothing leaves because of it.
+    pub async fn end_older(&self, desired: &Desired) {
+        let observed = match self.kernel.observe().await {
+            Ok(observed) => observed,
+            Err(error) => return not_ended(&error),
+        };
+        let own = observed.addresses().map(|address| address.to_canonical()).collect();
+        let outside = observed.outside_addresses().map(|address| address.to_canonical()).collect();
+        let desired = desired.clone();
+        end("from before", move || cut::older(&desired, &own, &outside)).await;
+    }
+
+    /// Whether the kernel ends connections for us.
+    ///
+    /// # Errors
+    /// When it does not say so.
+    pub fn ends_connections(&self) -> io::Result<bool> {
+        cut::possible()
+    }
+
     /// Removes everything that is ours, found by ownership and without any memory of what was done. Goes on after errors.
     /// What is already gone is success. The firewall comes last, so that nothing leaves before the rest is back.
     pub async fn clean_up(&mut self, owned: Owned) -> CleanUp {
         let mut result = CleanUp::default();
-        match self.kernel.observe().await {
+        let mut tunnelled = std::mem::take(&mut self.tunnelled);
+        let observed = self.kernel.observe().await;
+        if let Ok(observed) = &observed {
+            tunnelled.extend(observed.tunnel_addresses());
+        }
+        let (v4, v6): (Vec<_>, Vec<_>) = tunnelled.into_iter().partition(IpAddr::is_ipv4);
+        // While our routes are in force: afterwards the resets of these would leave by an uplink.
+        end_of(v6).await;
+        match observed {
             Ok(observed) => {
                 for step in plan::plan_removal(&observed) {
                     match self.kernel.run(&step).await {
@@ -284,6 +318,8 @@ impl Network {
             }
         }
         self.remove_firewall(owned, &mut result).await;
+        // Now that their programs can connect again. The kernel sends nothing from an IPv4 address that is gone.
+        end_of(v4).await;
         if result.errors.is_empty()
             && let Err(error) = self.journal.clear()
         {
@@ -358,6 +394,25 @@ pub(super) async fn on<T: Send + 'static>(
 ) -> Result<T, firewall::Error> {
     let backend = backend.clone();
     blocking(move || work(&backend)).await
+}
+
+/// Ends the connections of the tunnel's addresses: no engine knows them any more.
+async fn end_of(addresses: Vec<IpAddr>) {
+    if !addresses.is_empty() {
+        end("of the tunnel", move || cut::of(&addresses)).await;
+    }
+}
+
+async fn end(which: &'static str, work: impl FnOnce() -> io::Result<usize> + Send + 'static) {
+    match tokio::task::spawn_blocking(work).await.map_err(io::Error::other).and_then(|ended| ended) {
+        Ok(0) => {}
+        Ok(count) => tracing::info!("{count} connections {which} were ended; their programs can connect again"),
+        Err(error) => not_ended(&error),
+    }
+}
+
+fn not_ended(error: &(dyn std::error::Error + 'static)) {
+    tracing::warn!(error, "connections from before cannot be ended; each is cut when its program sends next");
 }
 
 /// Connections from outside that are open already. They can only be kept if they are known, so an error means none.

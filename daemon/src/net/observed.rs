@@ -103,7 +103,19 @@ impl Observed {
 
     /// The addresses that are not those of a tunnel device of ours.
     pub(super) fn outside_addresses(&self) -> impl Iterator<Item = IpAddr> {
+        self.addresses_by_tunnel(false)
+    }
+
+    /// Those of tunnel devices of ours.
+    pub(super) fn tunnel_addresses(&self) -> impl Iterator<Item = IpAddr> {
+        self.addresses_by_tunnel(true)
+    }
+
+    fn addresses_by_tunnel(&self, wanted: bool) -> impl Iterator<Item = IpAddr> {
         let tunnel = |index| self.links.iter().any(|link| link.ours && link.index == index);
-        self.addresses.iter().filter(move |address| !tunnel(address.index)).map(|address| address.address.addr())
+        self.addresses
+            .iter()
+            .filter(move |address| tunnel(address.index) == wanted)
+            .map(|address| address.address.addr())
     }
 }

@@ -2,19 +2,12 @@
 
 use std::io;
 use std::net::SocketAddr;
-use std::os::fd::OwnedFd;
 
-use netlink_packet_sock_diag::SockDiagMessage;
-use netlink_packet_sock_diag::constants::{AF_INET, AF_INET6, IPPROTO_TCP, TCP_SYN_SENT};
-use netlink_packet_sock_diag::inet::{ExtensionFlags, InetRequest, SocketId, StateFlags};
+use netlink_packet_sock_diag::constants::TCP_SYN_SENT;
+use netlink_packet_sock_diag::inet::ExtensionFlags;
 use proxyvpn_engine::owner::{Lookup, Owners};
-use rtnetlink::packet_core::{NLM_F_REQUEST, NetlinkHeader, NetlinkMessage, NetlinkPayload};
-use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType, netlink, recv, send, socket_with};
 
-/// Any socket with these ends (`INET_DIAG_NOCOOKIE`).
-const NO_COOKIE: [u8; 8] = [0xff; 8];
-/// Room for one answer; more than any has.
-const ANSWER: usize = 4096;
+use super::diag::SockDiag;
 
 /// The kernel's table of TCP sockets, in the network namespace of the thread that asks.
 #[derive(Debug)]
@@ -29,8 +22,7 @@ impl Owners for SocketOwners {
 /// One thread's netlink socket, opened by the first question.
 #[derive(Debug, Default)]
 struct SocketLookup {
-    socket: Option<OwnedFd>,
-    asked: u32,
+    diag: Option<SockDiag>,
     told: bool,
 }
 
@@ -48,61 +40,14 @@ impl Lookup for SocketLookup {
 
 impl SocketLookup {
     fn ask(&mut self, source: SocketAddr, destination: SocketAddr) -> io::Result<Option<u32>> {
-        let socket = match &self.socket {
-            Some(socket) => socket,
-            None => self.socket.insert(socket_with(
-                AddressFamily::NETLINK,
-                SocketType::RAW,
-                SocketFlags::CLOEXEC | SocketFlags::NONBLOCK,
-                Some(netlink::SOCK_DIAG),
-            )?),
+        let diag = match &mut self.diag {
+            Some(diag) => diag,
+            None => self.diag.insert(SockDiag::open()?),
         };
-        self.asked = self.asked.wrapping_add(1);
-        send(socket, &request(self.asked, source, destination), SendFlags::empty())?;
-        let mut answer = [0; ANSWER];
-        loop {
-            let (length, _) = recv(socket, &mut answer[..], RecvFlags::empty())?;
-            let answer = NetlinkMessage::<SockDiagMessage>::deserialize(&answer[..length]).map_err(io::Error::other)?;
-            // An answer that was not taken in, because of an error in between.
-            if answer.header.sequence_number != self.asked {
-                continue;
-            }
-            return match answer.payload {
-                // Others of the same ends are no socket that has just sent a SYN: a listening one, or one in TIME-WAIT.
-                NetlinkPayload::InnerMessage(SockDiagMessage::InetResponse(found)) => {
-                    Ok((found.header.state == TCP_SYN_SENT).then_some(found.header.uid))
-                }
-                NetlinkPayload::Error(error) if error.raw_code() == -libc::ENOENT => Ok(None),
-                NetlinkPayload::Error(error) => Err(error.to_io()),
-                other => Err(io::Error::other(format!("an answer of type {}", other.message_type()))),
-            };
-        }
+        // Others of the same ends are no socket that has just sent a SYN: a listening one, or one in TIME-WAIT.
+        let found = diag.find(source, destination, ExtensionFlags::empty())?;
+        Ok(found.filter(|socket| socket.state == TCP_SYN_SENT).map(|socket| socket.uid))
     }
-}
-
-fn request(number: u32, source: SocketAddr, destination: SocketAddr) -> Vec<u8> {
-    let mut header = NetlinkHeader::default();
-    header.flags = NLM_F_REQUEST;
-    header.sequence_number = number;
-    let request = InetRequest {
-        family: if source.is_ipv4() { AF_INET } else { AF_INET6 },
-        protocol: IPPROTO_TCP,
-        extensions: ExtensionFlags::empty(),
-        states: StateFlags::all(),
-        socket_id: SocketId {
-            source_port: source.port(),
-            destination_port: destination.port(),
-            source_address: source.ip(),
-            destination_address: destination.ip(),
-            interface_id: 0,
-            cookie: NO_COOKIE,
-        },
-    };
-    let mut message = NetlinkMessage::new(header, SockDiagMessage::InetRequest(request).into());
-    message.finalize();
-    let mut bytes = vec![0; message.buffer_len()];
-    message.serialize(&mut bytes);
-    bytes
 }
 
 #[cfg(test)]

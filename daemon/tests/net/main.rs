@@ -6,6 +6,7 @@
 
 mod conflicts;
 mod fairness;
+mod older;
 mod steering;
 mod traces;
 mod watching;
