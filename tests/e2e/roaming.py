@@ -163,6 +163,26 @@ def another_gateway(lab):
         lab.net("ip", "addr", "del", "192.0.2.254/24", "dev", "wan0")
 
 
+@test("while a connection is made anew and the proxy is silent, what is in force is put back too", seconds=60)
+def connecting(lab):
+    lab.connect(TINY)
+    lab.net("nft", "add table inet silent; add chain inet silent in { type filter hook input priority 0; }; add rule inet silent in tcp dport 8888 drop")
+    try:
+        with stream(lab), lab.nothing_direct(f" and not dst host {PROXY}"):
+            again = lab.popen("app", "alice", "proxyctl", "reconnect", stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            until(5, lambda: lab.status()["phase"] == "probe-upstream", lambda: f"not asking the proxy: {lab.status()}")
+            for _ in range(3):
+                lab.app("sh", "-c", "ip rule del priority 3731; ip route flush table 7376750")
+                until(1.5, lambda: "lookup 7376750" in lab.app("ip", "rule").stdout and "unreachable" in lab.app("ip", "route", "show", "table", "7376750").stdout,
+                      "not put back while connecting")
+            expect(lab.status()["phase"] == "probe-upstream", f"the test was too slow to say something: {lab.status()}")
+            again.kill()
+            again.wait()
+    finally:
+        lab.net("nft", "delete", "table", "inet", "silent")
+    state(lab, "connected", 20)
+
+
 @test("no route to the proxy, and a network that is down, are not taken for a dead proxy", seconds=90)
 def causes(lab):
     lab.connect(TINY)

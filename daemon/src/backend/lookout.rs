@@ -23,6 +23,8 @@ const SHOWN: Duration = Duration::from_secs(600);
 const STALE: Duration = Duration::from_secs(25);
 /// Failures in a row until what can't be put back is a fault.
 const PATIENCE: u32 = 5;
+/// How long after the first failure the next look comes.
+const AGAIN: Duration = Duration::from_millis(100);
 /// The bus answers at once, or is in trouble.
 const BUS_TIMEOUT: Duration = Duration::from_secs(2);
 /// Signals that may wait.
@@ -157,7 +159,7 @@ impl Lookout {
         if let Some(watch) = &mut self.watch {
             watch.looked(began, !put_back.is_empty());
             if failed && self.failures < PATIENCE {
-                watch.again();
+                watch.again(AGAIN * self.failures);
             }
         }
         self.failures >= PATIENCE

@@ -229,7 +229,10 @@ impl Proxy {
         };
         let look = match network.look(&in_force).await {
             Ok(look) => look,
-            Err(error) => return vec![item("network-unreadable", "error", network::failure(&error).text)],
+            Err(error) => {
+                self.lookout.looked(began, &[], true);
+                return vec![item("network-unreadable", "error", network::failure(&error).text)];
+            }
         };
         // The way is asked for last, because what was put back can be in it.
         let way = network.way(&targets).await;

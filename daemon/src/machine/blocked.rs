@@ -19,6 +19,10 @@ const LAST_RETRY: Duration = Duration::from_secs(60);
 /// A change that makes success likely makes us try at once, but no sooner after the last attempt.
 const QUICK_RETRY: Duration = Duration::from_millis(500);
 
+/// After so many attempts that failed the upstream's name is looked up anew: it may have another address by now. That is after a
+/// minute, when connections that waited are lost anyway.
+const RENEW: u32 = 5;
+
 pub(super) struct Blocked {
     /// What is wanted; `None` when the record of it cannot be read.
     request: Option<Request>,
@@ -113,7 +117,14 @@ impl Blocked {
                 Wake::Retry => {
                     match probe(context).await {
                         Probe::Answered(Ok(())) => return self.recovered(),
-                        Probe::Answered(Err(failure)) => context.because(failure.reason()),
+                        Probe::Answered(Err(failure)) => {
+                            context.because(failure.reason());
+                            if self.attempt >= RENEW && self.named() {
+                                self.failure = failure;
+                                self.rebuild = true;
+                                return Stage::Blocked(self);
+                            }
+                        }
                         Probe::Unwanted => return Stage::Disconnecting(Disconnecting::requested()),
                         Probe::Again => {
                             let Some(request) = self.request.take() else { continue };
@@ -146,6 +157,12 @@ impl Blocked {
             );
         }
         reason
+    }
+
+    /// Whether the upstream's addresses come from a look-up.
+    fn named(&self) -> bool {
+        let upstream = self.request.as_ref().map(|request| &request.profile.upstream);
+        upstream.is_some_and(|spec| spec.addresses.is_empty() && spec.host.parse::<std::net::IpAddr>().is_err())
     }
 
     fn recovered(self) -> Stage {

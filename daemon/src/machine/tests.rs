@@ -550,15 +550,32 @@ fn an_upstream_that_answers_over_another_uplink_ends_the_block() {
         rig.until(State::Connected).await;
         rig.script.fault(Fault::Upstream(failure()));
         rig.until(State::Blocked).await;
-        tokio::time::sleep(Duration::from_secs(100)).await;
+        // Tried after 1, 3, 7, 15 and 31 s, and next after 63 s; after another uplink it begins anew.
+        tokio::time::sleep(Duration::from_secs(40)).await;
         rig.script.calls();
-        // The present pause is one of 60 s; after another uplink it begins with 1 s again.
         rig.script.fault(Fault::Uplink);
         tokio::time::sleep(Duration::from_millis(7_500)).await;
-        let calls = rig.script.calls();
-        assert_eq!(calls, "probe probe probe", "at once, after 2 s and after 4 s");
+        assert_eq!(rig.script.calls(), "probe probe probe", "at once, after 2 s and after 4 s more");
         rig.script.fault(Fault::UpstreamWorking);
         rig.until(State::Connected).await;
+    });
+}
+
+#[test]
+fn the_name_of_an_upstream_that_stays_away_is_looked_up_anew() {
+    run(async {
+        let mut rig = Rig::start(Script { probe_fails: u32::MAX.into(), ..Script::default() }, None, None);
+        rig.at_rest().await;
+        rig.connect().await.unwrap();
+        rig.until(State::Connected).await;
+        rig.script.calls();
+        rig.script.fault(Fault::Upstream(failure()));
+        rig.until(State::Blocked).await;
+        tokio::time::sleep(Duration::from_secs(62)).await;
+        assert_eq!(rig.script.calls(), ["probe"; 5].join(" "));
+        rig.until(State::Blocked).await;
+        tokio::time::timeout(Duration::from_secs(120), rig.until(State::Connected)).await.unwrap();
+        assert_eq!(rig.script.calls(), format!("probe block block {ALL_PHASES}"), "closed all the time");
     });
 }
 

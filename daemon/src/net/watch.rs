@@ -106,9 +106,9 @@ impl Watch {
         }
     }
 
-    /// Looks soon, though nothing was heard.
-    pub fn again(&mut self) {
-        self.due = Some(Instant::now());
+    /// It is time to look after so long, though nothing is heard.
+    pub fn again(&mut self, after: Duration) {
+        self.due = self.due.into_iter().chain([Instant::now() + after]).min();
     }
 
     /// A look that began at `began` has ended, and `mended` something or not.
