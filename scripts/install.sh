@@ -38,8 +38,10 @@ completions=("$prefix/share/bash-completion/completions/proxyctl" "$prefix/share
 # Source file, mode and place of everything that is not built. Man pages: docs/man/NAME.SECTION.
 files=(
   "systemd/proxyvpnd.service 644 $unit_dir/proxyvpnd.service"
+  "systemd/proxyvpn-lock.service 644 $unit_dir/proxyvpn-lock.service"
   "systemd/proxyvpn.sysusers 644 /usr/lib/sysusers.d/proxyvpn.conf"
   "polkit/org.proxyvpn1.policy 644 /usr/share/polkit-1/actions/org.proxyvpn1.policy"
+  "polkit/proxyvpn-lock.rules 644 /usr/share/polkit-1/rules.d/org.proxyvpn1.lock.rules"
   "polkit/proxyvpn-group.rules 644 $doc_dir/examples/proxyvpn-group.rules"
   "dbus/org.proxyvpn1.conf 644 /usr/share/dbus-1/system.d/org.proxyvpn1.conf"
   "dbus/org.proxyvpn1.service 644 /usr/share/dbus-1/system-services/org.proxyvpn1.service"
@@ -79,7 +81,7 @@ do_install() {
     install -D -m "$mode" "$ROOT/$source" "$destdir$place"
   done
   if [ "$prefix" != /usr ]; then
-    sed -i "s#/usr/libexec/proxyvpn#$libexec#g" "$destdir$unit_dir/proxyvpnd.service" \
+    sed -i "s#/usr/libexec/proxyvpn#$libexec#g" "$destdir$unit_dir/proxyvpnd.service" "$destdir$unit_dir/proxyvpn-lock.service" \
       "$destdir/usr/share/dbus-1/system-services/org.proxyvpn1.service"
   fi
   install -d -m 755 "$destdir/etc/proxyvpn" "$destdir/etc/proxyvpn/profiles.d"
@@ -94,6 +96,8 @@ do_install() {
     if command -v systemd-sysusers >/dev/null; then systemd-sysusers proxyvpn.conf
     elif ! getent passwd proxyvpn >/dev/null; then useradd --system --user-group -M -d / -s /usr/sbin/nologin proxyvpn; fi
     reload
+    # it does nothing until lockdown is turned on
+    if systemd_runs; then systemctl enable --quiet proxyvpn-lock.service; fi
     if systemd_runs && systemctl is-active --quiet proxyvpnd.service; then
       if "$prefix/bin/proxyctl" status --check >/dev/null 2>&1; then
         info "A connection is up: the old daemon goes on. 'systemctl restart proxyvpnd' starts the new one, which connects again behind the block."
@@ -114,7 +118,7 @@ do_uninstall() {
   [ -n "$destdir" ] || need_root
   local failed_cleanup=''
   if [ -z "$destdir" ]; then
-    if systemd_runs; then systemctl disable --quiet --now proxyvpnd.service 2>/dev/null || true; fi
+    if systemd_runs; then systemctl disable --quiet --now proxyvpnd.service proxyvpn-lock.service 2>/dev/null || true; fi
     # whatever is left of a crash: needs no daemon, no state
     if [ -x "$libexec/proxyvpnd" ]; then "$libexec/proxyvpnd" --cleanup >/dev/null || failed_cleanup=1; fi
   fi
@@ -138,7 +142,7 @@ do_uninstall() {
     # userdel leaves a group that others were put in
     if getent group proxyvpn >/dev/null; then groupdel proxyvpn && removed "group proxyvpn"; fi
     reload
-    if systemd_runs; then systemctl reset-failed proxyvpnd.service 2>/dev/null || true; fi
+    if systemd_runs; then systemctl reset-failed proxyvpnd.service proxyvpn-lock.service 2>/dev/null || true; fi
   fi
 }
 

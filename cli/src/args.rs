@@ -41,6 +41,8 @@ pub(crate) enum Command {
     Flows(Json),
     /// Check what a connection needs
     Doctor(Box<Plan>),
+    /// No network unless connected, also after a reboot
+    Lockdown(Lockdown),
     /// Give the network back without daemon and bus (as root)
     Rescue,
     /// Print a completion script
@@ -240,6 +242,28 @@ pub(crate) struct Logs {
     pub(crate) output: Json,
 }
 
+/// `lockdown`.
+#[derive(Debug, Args)]
+pub(crate) struct Lockdown {
+    /// Turn it on or off, or show it
+    #[arg(value_enum, default_value_t = Switch::Status)]
+    pub(crate) what: Switch,
+    /// JSON.
+    #[command(flatten)]
+    pub(crate) output: Json,
+}
+
+/// What `lockdown` does.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Switch {
+    /// No network unless connected
+    On,
+    /// The network is open while disconnected
+    Off,
+    /// Show it
+    Status,
+}
+
 /// Address and prefix length.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Cidr {
@@ -329,6 +353,9 @@ mod tests {
             "proxyctl logs -f -n 3 --json",
             "proxyctl flows --json",
             "proxyctl doctor office --json",
+            "proxyctl lockdown",
+            "proxyctl lockdown on",
+            "proxyctl lockdown status --json",
             "proxyctl rescue",
             "proxyctl completions fish",
         ] {
@@ -362,6 +389,7 @@ mod tests {
             "proxyctl status --watch --check",
             "proxyctl profile remove",
             "proxyctl logs -n 0",
+            "proxyctl lockdown maybe",
             "proxyctl completions tcsh",
         ] {
             assert_eq!(parse(bad).map(|_| ()).map_err(|error| error.exit_code()), Err(2), "{bad}");

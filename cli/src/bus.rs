@@ -127,6 +127,8 @@ pub(crate) fn failure(error: Error) -> Failure {
         Error::Busy(text) => told(Exit::Failure, text, "another connection is there or being made")
             .advise("proxyctl status shows it; proxyctl disconnect ends it."),
         Error::NotConnected(text) => told(Exit::NotConnected, text, "there is no connection"),
+        Error::NeverConnected(text) => told(Exit::Failure, text, "no profile has connected yet")
+            .advise("A profile counts as it was when it connected; ad-hoc settings do not: proxyctl profile import stores them."),
         Error::NotSupported(text) => told(Exit::Failure, text, "this machine or this build cannot do it"),
         Error::LimitExceeded(text) => told(Exit::Failure, text, "a limit of the daemon is exceeded"),
         Error::Internal(text) => told(Exit::Failure, text, "the daemon failed")

@@ -72,6 +72,10 @@ pub(crate) async fn disconnect(args: &Wait) -> Outcome {
     }
     let snapshot = Snapshot::read(&bus).await?;
     snapshot.warn();
+    if snapshot.lockdown {
+        text::out("disconnected; lockdown is on, so nothing leaves (proxyctl lockdown off opens the network)\n")?;
+        return Ok(Exit::Ok);
+    }
     if snapshot.state == "disconnected" && snapshot.blocking {
         return Err(Failure::new(Exit::Blocked, "disconnected, but traffic is still blocked")
             .advise("sudo proxyctl rescue opens the network; proxyctl logs says what went wrong."));

@@ -9,6 +9,7 @@ mod events;
 mod exit;
 mod flows;
 mod keep;
+mod lockdown;
 mod logs;
 mod options;
 mod plan;
@@ -61,6 +62,7 @@ async fn run(command: &Command) -> Outcome {
         Command::Logs(args) => logs::logs(args).await,
         Command::Flows(args) => flows::flows(args).await,
         Command::Doctor(args) => doctor::doctor(args).await,
+        Command::Lockdown(args) => lockdown::lockdown(args).await,
         Command::Rescue => rescue::rescue().await,
         Command::Completions { shell } => completions(*shell),
     }

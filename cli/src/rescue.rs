@@ -15,8 +15,8 @@ use tokio::process::Command;
 use crate::exit::{Exit, Failure, Outcome};
 use crate::text;
 
-/// The daemon's unit.
-const UNIT: &str = "proxyvpnd.service";
+/// The daemon's unit, and the one that keeps a lockdown.
+const UNITS: [&str; 2] = ["proxyvpnd.service", "proxyvpn-lock.service"];
 /// The file with the daemon's process id, where it does not run under systemd.
 const PID_FILE: &str = "/run/proxyvpn/proxyvpnd.pid";
 /// Where packages put the daemon, besides the directory of proxyctl.
@@ -28,6 +28,8 @@ const DIRECTORIES: [&str; 6] = [
     "/usr/local/libexec/proxyvpn",
     "/usr/local/lib/proxyvpn",
 ];
+/// What helps when nothing else does.
+const REBOOT: &str = "reboot: nothing of ours outlives a reboot, but lockdown (rm /var/lib/proxyvpn/lockdown).";
 /// How long systemd may take to stop the daemon.
 const STOP: Duration = Duration::from_secs(15);
 /// How long the daemon may take to end after SIGTERM.
@@ -42,8 +44,10 @@ pub(crate) async fn rescue() -> Outcome {
             .advise("Run: sudo proxyctl rescue"));
     }
     // What cannot be stopped is said, and the clean-up is done all the same.
-    if let Err(failure) = stop_unit().await {
-        text::note(failure.message().trim_end());
+    for unit in UNITS {
+        if let Err(failure) = stop_unit(unit).await {
+            text::note(failure.message().trim_end());
+        }
     }
     if let Err(failure) = stop_process(Path::new(PID_FILE)) {
         text::note(failure.message().trim_end());
@@ -61,37 +65,40 @@ fn command(program: &Path) -> Command {
     command
 }
 
-/// Stops the daemon's unit where systemd runs it.
-async fn stop_unit() -> Result<(), Failure> {
+/// Stops a unit where systemd runs it.
+async fn stop_unit(unit: &str) -> Result<(), Failure> {
     if !Path::new("/run/systemd/system").is_dir() {
         return Ok(());
     }
     let Some(systemctl) =
         ["/usr/bin/systemctl", "/bin/systemctl"].map(Path::new).into_iter().find(|path| path.exists())
     else {
-        return Err(Failure::new(Exit::Failure, "systemd runs, but there is no systemctl: the unit is not stopped"));
+        return Err(Failure::new(
+            Exit::Failure,
+            format!("systemd runs, but there is no systemctl: {unit} is not stopped"),
+        ));
     };
     let run = |args: &[&str]| command(systemctl).args(args).stderr(Stdio::null()).output();
-    let state = tokio::time::timeout(STOP, run(&["show", "--property=LoadState,ActiveState", UNIT])).await;
+    let state = tokio::time::timeout(STOP, run(&["show", "--property=LoadState,ActiveState", unit])).await;
     let Ok(Ok(state)) = state else {
-        return Err(Failure::new(Exit::Failure, "systemd does not answer: the unit is not stopped"));
+        return Err(Failure::new(Exit::Failure, format!("systemd does not answer: {unit} is not stopped")));
     };
     let state = String::from_utf8_lossy(&state.stdout);
     let has = |line: &str| state.lines().any(|known| known == line);
     if !has("LoadState=loaded") || has("ActiveState=inactive") {
         return Ok(());
     }
-    match tokio::time::timeout(STOP, run(&["stop", UNIT])).await {
+    match tokio::time::timeout(STOP, run(&["stop", unit])).await {
         Ok(Ok(output)) if output.status.success() => {
-            text::out(&format!("stopped {UNIT}\n"))?;
+            text::out(&format!("stopped {unit}\n"))?;
             return Ok(());
         }
-        Ok(_) => text::note(&format!("proxyctl: systemctl stop {UNIT} failed: killing it")),
-        Err(_) => text::note(&format!("proxyctl: {UNIT} did not stop within {} s: killing it", STOP.as_secs())),
+        Ok(_) => text::note(&format!("proxyctl: systemctl stop {unit} failed: killing it")),
+        Err(_) => text::note(&format!("proxyctl: {unit} did not stop within {} s: killing it", STOP.as_secs())),
     }
-    match tokio::time::timeout(STOP, run(&["kill", "--signal=KILL", UNIT])).await {
-        Ok(Ok(output)) if output.status.success() => text::out(&format!("killed {UNIT}\n")),
-        _ => Err(Failure::new(Exit::Failure, format!("{UNIT} could not be killed"))),
+    match tokio::time::timeout(STOP, run(&["kill", "--signal=KILL", unit])).await {
+        Ok(Ok(output)) if output.status.success() => text::out(&format!("killed {unit}\n")),
+        _ => Err(Failure::new(Exit::Failure, format!("{unit} could not be killed"))),
     }
 }
 
@@ -152,12 +159,8 @@ fn find_daemon() -> Result<PathBuf, Failure> {
         }
     }
     let failure = Failure::new(Exit::Failure, "proxyvpnd, which does the clean-up, is not found");
-    let by_hand = "Install proxyvpn again and repeat this, or reboot: nothing of ours outlives a reboot.";
-    Err(failure.advise(if refused.is_empty() {
-        by_hand.to_owned()
-    } else {
-        format!("{}\n{by_hand}", refused.join("\n"))
-    }))
+    let by_hand = format!("Install proxyvpn again and repeat this, or {REBOOT}");
+    Err(failure.advise(if refused.is_empty() { by_hand } else { format!("{}\n{by_hand}", refused.join("\n")) }))
 }
 
 /// Whether nobody but root can have written the program, or can replace it.
@@ -175,7 +178,7 @@ fn trusted(path: &Path) -> io::Result<()> {
 /// Runs the daemon's clean-up and shows what it says.
 async fn cleanup(daemon: &Path) -> Result<(), Failure> {
     let fail = |error: io::Error| Failure::new(Exit::Failure, format!("cannot run {}: {error}", daemon.display()));
-    let advice = "Repeat it, or reboot: nothing of ours outlives a reboot.";
+    let advice = format!("Repeat it, or {REBOOT}");
     let mut child =
         command(daemon).arg("--cleanup").stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().map_err(fail)?;
     let (stdout, stderr) = (child.stdout.take(), child.stderr.take());

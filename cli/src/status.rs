@@ -29,6 +29,7 @@ pub(crate) struct Snapshot {
     pub(crate) since: u64,
     pub(crate) progress: Progress,
     pub(crate) blocking: bool,
+    pub(crate) lockdown: bool,
     pub(crate) firewall: String,
     pub(crate) device: String,
     pub(crate) resolvers: Vec<String>,
@@ -55,6 +56,7 @@ impl Snapshot {
             since: take(&mut map, "Since")?,
             progress: take(&mut map, "Progress")?,
             blocking: take(&mut map, "Blocking")?,
+            lockdown: take(&mut map, "Lockdown")?,
             firewall: take(&mut map, key::FIREWALL)?,
             device: take(&mut map, key::DEVICE)?,
             resolvers: take(&mut map, key::RESOLVERS)?,
@@ -106,6 +108,7 @@ impl Snapshot {
         field("Device", &self.device);
         field("Firewall", &self.firewall);
         field("Blocking", if self.blocking { "yes: nothing goes around the tunnel" } else { "no" });
+        field("Lockdown", if self.lockdown { "on: nothing leaves without a connection" } else { "" });
         field("Resolvers", &self.resolvers.join(", "));
         for item in &self.health {
             field("Health", &format!("{}: {} ({})", item.severity, item.text, item.code));

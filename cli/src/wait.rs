@@ -70,7 +70,7 @@ pub(crate) async fn drive(
         Interrupts::new().map_err(|error| Failure::new(Exit::Failure, format!("cannot catch signals: {error}")))?;
     let mut events = Events::subscribe(bus).await?;
     let before = Snapshot::read(bus).await?;
-    let mut tracker = Tracker { goal, begun: false, since: before.since };
+    let mut tracker = Tracker { goal, begun: false, since: before.since, lockdown: before.lockdown };
     let mut call = pin!(call);
     let deadline = sleep_until(Instant::now() + limits.reply);
     let mut deadline = pin!(deadline);
@@ -138,6 +138,8 @@ struct Tracker {
     begun: bool,
     /// When the state before the call began.
     since: u64,
+    /// Nothing opens by disconnecting.
+    lockdown: bool,
 }
 
 impl Tracker {
@@ -174,8 +176,8 @@ impl Tracker {
             }
             (_, State::Disconnecting) => None,
             (_, State::Connected) => new.then_some(Ok(())),
-            (_, State::Blocked) => new.then(|| Err(blocked(reason))),
-            (_, State::Disconnected) => new.then(|| Err(ended(reason))),
+            (_, State::Blocked) => new.then(|| Err(blocked(reason, self.lockdown))),
+            (_, State::Disconnected) => new.then(|| Err(ended(reason, self.lockdown))),
         }
     }
 }
@@ -188,20 +190,23 @@ fn why(reason: &Reason) -> String {
     }
 }
 
-fn ended(reason: &Reason) -> Failure {
+fn ended(reason: &Reason, lockdown: bool) -> Failure {
     if reason.code == "requested" {
         return Failure::new(Exit::Failure, "the connection was ended meanwhile by a disconnect");
     }
+    let effect = if lockdown { "Lockdown is on, so nothing leaves." } else { "The network is as it was." };
     Failure::new(Exit::Failure, format!("cannot connect: {}", why(reason)))
-        .advise("The network is as it was. proxyctl doctor checks each step; proxyctl logs says more.")
+        .advise(format!("{effect} proxyctl doctor checks each step; proxyctl logs says more."))
 }
 
 /// The connection is wanted but broken.
-pub(crate) fn blocked(reason: &Reason) -> Failure {
-    Failure::new(Exit::Blocked, format!("blocked: {}", why(reason))).advise(
-        "Traffic is stopped so that nothing goes around the tunnel; the daemon tries again. proxyctl disconnect opens \
-         the network; sudo proxyctl rescue does it without the daemon.",
-    )
+fn blocked(reason: &Reason, lockdown: bool) -> Failure {
+    let open =
+        if lockdown { "proxyctl lockdown off and proxyctl disconnect open" } else { "proxyctl disconnect opens" };
+    Failure::new(Exit::Blocked, format!("blocked: {}", why(reason))).advise(format!(
+        "Traffic is stopped so that nothing goes around the tunnel; the daemon tries again. {open} \
+         the network; sudo proxyctl rescue does it without the daemon."
+    ))
 }
 
 fn timed_out(goal: Goal, limit: Duration) -> Failure {
@@ -241,7 +246,7 @@ mod tests {
     }
 
     fn run(goal: Goal, events: &[Event]) -> Option<Exit> {
-        let mut tracker = Tracker { goal, begun: false, since: 1 };
+        let mut tracker = Tracker { goal, begun: false, since: 1, lockdown: false };
         events
             .iter()
             .find_map(|event| tracker.event(event))
@@ -270,7 +275,7 @@ mod tests {
 
     #[test]
     fn a_look_sees_what_no_signal_told() {
-        let mut tracker = Tracker { goal: Goal::Connect, begun: false, since: 1 };
+        let mut tracker = Tracker { goal: Goal::Connect, begun: false, since: 1, lockdown: false };
         let mut snapshot = Snapshot { state: "connected".to_owned(), since: 1, ..Snapshot::default() };
         assert_eq!(tracker.look(&snapshot), None);
         snapshot.since = 2;

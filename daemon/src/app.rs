@@ -25,6 +25,7 @@ use crate::fdstore::{FdStore, Inherited};
 use crate::log::Log;
 use crate::machine::failure::chain;
 use crate::machine::intent::IntentFile;
+use crate::machine::lockdown::{Lockdown, LockdownFiles};
 use crate::machine::{Machine, Request};
 use crate::net::{self, Keep, Keeping, Network, Owned};
 use crate::service::Service;
@@ -61,6 +62,9 @@ pub struct Args {
     /// With --cleanup, for ExecStopPost=: only if the service was stopped for good, and without forgetting what is wanted
     #[arg(long, requires = "cleanup")]
     stop_post: bool,
+    /// For proxyvpn-lock.service: put the lock in force, leave it with systemd, and exit
+    #[arg(long, conflicts_with_all = ["cleanup", "keep_block"])]
+    lock: bool,
     /// When told to end, leave the network blocked for what comes after: a restart, or --cleanup --stop-post
     #[arg(long, conflicts_with = "cleanup")]
     keep_block: bool,
@@ -87,7 +91,13 @@ pub fn main(args: &Args) -> ExitCode {
             return ExitCode::FAILURE;
         }
     };
-    let result = runtime.block_on(async { if args.cleanup { clean_up(args).await } else { serve(args).await } });
+    let result = runtime.block_on(async {
+        match args {
+            Args { cleanup: true, .. } => clean_up(args).await,
+            Args { lock: true, .. } => lock().await,
+            _ => serve(args).await,
+        }
+    });
     runtime.shutdown_timeout(Duration::from_secs(1));
     match result {
         Ok(()) => ExitCode::SUCCESS,
@@ -112,6 +122,12 @@ async fn clean_up(args: &Args) -> Result<(), Fatal> {
         ));
     }
     net::privilege().map_err(|error| Fatal(chain(&error)))?;
+    let lockdown = LockdownFiles::new(&args.state_dir);
+    if !args.stop_post {
+        end_lockdown(&lockdown).await?;
+    } else if lockdown.read() != Lockdown::Off {
+        keep_lock().await?;
+    }
     // After a stop systemd removes the record with the runtime directory; for a restart it keeps both.
     if !args.stop_post {
         IntentFile::new(&args.runtime_dir)
@@ -136,6 +152,45 @@ async fn clean_up(args: &Args) -> Result<(), Fatal> {
         }
         Some(_) => Err(Fatal(report.errors.iter().map(|error| chain(error)).collect::<Vec<_>>().join("\n"))),
     }
+}
+
+/// Takes lockdown away, whatever its record says.
+async fn end_lockdown(files: &LockdownFiles) -> Result<(), Fatal> {
+    let failed = |error: &(dyn std::error::Error + 'static)| Fatal::new("cannot turn lockdown off", error);
+    let recorded = files.clear().map_err(|error| failed(&error))?;
+    let lock = net::lock::state().await.map_err(|error| failed(&error))?;
+    if lock == net::lock::State::Owned {
+        systemd::stop_lock_alone().await.map_err(|cause| Fatal(format!("cannot take the lock away: {cause}")))?;
+    }
+    let removed = net::lock::remove().await.map_err(|error| Fatal::new("cannot take the lock away", &error))?;
+    let removed = removed || lock != net::lock::State::None;
+    if recorded || removed {
+        println!("lockdown was on and is off now");
+    }
+    Ok(())
+}
+
+/// What blocks now goes with the daemon: without a lock, lockdown would end.
+async fn keep_lock() -> Result<(), Fatal> {
+    let failed = |error: net::Error| Fatal::new("lockdown is on, and there is no lock, so the block stays", &error);
+    if net::lock::state().await.map_err(failed)? == net::lock::State::None {
+        net::lock::install().await.map_err(failed)?;
+    }
+    println!("lockdown is on: nothing leaves until the daemon connects");
+    Ok(())
+}
+
+/// `--lock`.
+async fn lock() -> Result<(), Fatal> {
+    net::privilege().map_err(|error| Fatal(chain(&error)))?;
+    let inherited = Inherited::take().named(net::lock::SOCKET);
+    let Some(store) = FdStore::from_env() else {
+        return Err(Fatal("--lock is for systemd, which keeps the lock: systemctl start proxyvpn-lock".to_owned()));
+    };
+    let locked = net::lock::install_kept(inherited, Arc::new(store)).await;
+    locked.map_err(|error| Fatal::new("cannot put the lock in force", &error))?;
+    systemd::notify(&[NotifyState::Ready]);
+    Ok(())
 }
 
 async fn serve(args: &Args) -> Result<(), Fatal> {
@@ -171,12 +226,12 @@ async fn serve(args: &Args) -> Result<(), Fatal> {
     systemd::notify(&[NotifyState::Ready]);
     tokio::spawn(systemd::watchdog());
     tracing::info!(version = env!("CARGO_PKG_VERSION"), "ready");
-    let intent = IntentFile::new(&args.runtime_dir);
+    let (intent, lockdown) = (IntentFile::new(&args.runtime_dir), LockdownFiles::new(&args.state_dir));
     tokio::select! {
         biased;
         // Before the machine, which would give the network back.
         _ = left.wait_for(|stop| *stop), if args.keep_block => {}
-        () = machine.run(world, intent, autoconnect(&store), shutdown) => {}
+        () = machine.run(world, intent, lockdown, autoconnect(&store), shutdown) => {}
         () = follow_files(args, &service) => {}
         // Nothing is taken down: what is in force blocks until the next daemon goes on.
         () = service.connection().closed() => {

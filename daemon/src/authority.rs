@@ -48,6 +48,7 @@ pub const METHODS: &[(&str, &str, Need)] = &[
     (MANAGER, "RemoveProfile", Need::Action(action::MANAGE_PROFILES)),
     (MANAGER, "GetLog", Need::Action(action::READ_LOG)),
     (MANAGER, "ListFlows", Need::Action(action::INSPECT_FLOWS)),
+    (MANAGER, "SetLockdown", Need::Action(action::SET_LOCKDOWN)),
     ("org.freedesktop.DBus.ObjectManager", "GetManagedObjects", Need::Action(action::STATUS)),
 ];
 
@@ -63,6 +64,7 @@ pub const PROPERTIES: &[(&str, &str, &str)] = &[
     (MANAGER, "Progress", action::STATUS),
     (MANAGER, "Blocking", action::STATUS),
     (MANAGER, "Health", action::STATUS),
+    (MANAGER, "Lockdown", action::STATUS),
     (MANAGER, "Statistics", action::STATUS),
     (PROFILE, "Name", action::STATUS),
     (PROFILE, "Backend", action::STATUS),

@@ -96,3 +96,61 @@ async fn property(bus: &Connection, path: &OwnedObjectPath, interface: &str, nam
     let reply = bus.call_method(Some(SYSTEMD), path, properties, "Get", &(interface, name)).await?;
     reply.body().deserialize()
 }
+
+/// The unit that keeps the lock without a process. A polkit rule lets us start and stop it, and no other.
+pub(crate) const LOCK_UNIT: &str = "proxyvpn-lock.service";
+/// How long it may take to start.
+const LOCK_TIME: Duration = Duration::from_secs(10);
+const MANAGER_PATH: &str = "/org/freedesktop/systemd1";
+const MANAGER: &str = "org.freedesktop.systemd1.Manager";
+const UNIT: &str = "org.freedesktop.systemd1.Unit";
+
+/// Starts the unit and waits until it runs. The error says why it does not.
+pub(crate) async fn start_lock(bus: &Connection) -> Result<(), String> {
+    match lock_job(bus, "StartUnit").await?.as_str() {
+        "active" => Ok(()),
+        state => Err(format!("{LOCK_UNIT} is {state} (journalctl -u {LOCK_UNIT} says why)")),
+    }
+}
+
+/// Stops the unit and waits until it does not run; success where it is not known.
+pub(crate) async fn stop_lock(bus: &Connection) -> Result<(), String> {
+    match lock_job(bus, "StopUnit").await?.as_str() {
+        "inactive" | "failed" => Ok(()),
+        state => Err(format!("{LOCK_UNIT} is still {state}; stop it with `systemctl stop {LOCK_UNIT}`")),
+    }
+}
+
+/// The same, on a connection of its own.
+pub(crate) async fn stop_lock_alone() -> Result<(), String> {
+    match tokio::time::timeout(TIMEOUT, Connection::system()).await {
+        Ok(Ok(bus)) => stop_lock(&bus).await,
+        Ok(Err(error)) => Err(format!("no system bus: {error}; stop it with `systemctl stop {LOCK_UNIT}`")),
+        Err(_) => Err(format!("the system bus is silent; stop it with `systemctl stop {LOCK_UNIT}`")),
+    }
+}
+
+/// Gives the unit a job and returns its state afterwards.
+async fn lock_job(bus: &Connection, method: &str) -> Result<String, String> {
+    if !sd_notify::booted().unwrap_or(false) {
+        return Err("systemd does not run here".to_owned());
+    }
+    let job = async {
+        bus.call_method(Some(SYSTEMD), MANAGER_PATH, Some(MANAGER), method, &(LOCK_UNIT, "replace")).await?;
+        let reply = bus.call_method(Some(SYSTEMD), MANAGER_PATH, Some(MANAGER), "LoadUnit", &(LOCK_UNIT,)).await?;
+        let unit: OwnedObjectPath = reply.body().deserialize()?;
+        loop {
+            let (number, _): (u32, OwnedObjectPath) = property(bus, &unit, UNIT, "Job").await?.try_into()?;
+            if number == 0 {
+                return property(bus, &unit, UNIT, "ActiveState").await?.try_into();
+            }
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    };
+    match tokio::time::timeout(LOCK_TIME, job).await {
+        Ok(Ok(state)) => Ok(state),
+        Ok(Err(zbus::Error::MethodError(_, Some(text), _))) => Err(format!("systemd refused {LOCK_UNIT}: {text}")),
+        Ok(Err(error)) => Err(format!("systemd could not be asked for {LOCK_UNIT}: {error}")),
+        Err(_) => Err(format!("systemd did not finish with {LOCK_UNIT} within {} s", LOCK_TIME.as_secs())),
+    }
+}

@@ -43,6 +43,10 @@ pub trait Manager {
     #[zbus(allow_interactive_auth)]
     fn list_flows(&self) -> Result<Vec<Flow>, crate::Error>;
 
+    /// From now on no network without a connection, also after a reboot; or as before. Returns when it is done.
+    #[zbus(allow_interactive_auth)]
+    fn set_lockdown(&self, on: bool) -> Result<(), crate::Error>;
+
     /// A new state, with its phase and reason.
     #[zbus(signal, name = "StateChanged")]
     fn transition(&self, state: &str, phase: &str, reason: Reason);
@@ -77,6 +81,9 @@ pub trait Manager {
     /// Whether traffic around the tunnel is blocked now.
     #[zbus(property)]
     fn blocking(&self) -> zbus::Result<bool>;
+    /// Whether nothing may leave without a connection.
+    #[zbus(property)]
+    fn lockdown(&self) -> zbus::Result<bool>;
     /// What is not as it should be.
     #[zbus(property)]
     fn health(&self) -> zbus::Result<Vec<HealthItem>>;

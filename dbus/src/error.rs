@@ -24,6 +24,8 @@ pub enum Error {
     Busy(String),
     /// There is no connection.
     NotConnected(String),
+    /// No profile has connected yet, so lockdown could not be left by connecting.
+    NeverConnected(String),
     /// This build or this machine cannot do it.
     NotSupported(String),
     /// An argument or the number of waiting calls is over its limit.

@@ -27,11 +27,13 @@ pub mod action {
     pub const READ_LOG: &str = "org.proxyvpn1.read-log";
     /// List the connections in the tunnel.
     pub const INSPECT_FLOWS: &str = "org.proxyvpn1.inspect-flows";
+    /// Turn lockdown on or off.
+    pub const SET_LOCKDOWN: &str = "org.proxyvpn1.set-lockdown";
     /// Read state and profiles.
     pub const STATUS: &str = "org.proxyvpn1.status";
     /// Every action, for tests and documentation.
-    pub const ALL: [&str; 8] =
-        [CONNECT, DISCONNECT, CONNECT_ADHOC, MANAGE_PROFILES, ALLOW_LAN, READ_LOG, INSPECT_FLOWS, STATUS];
+    pub const ALL: [&str; 9] =
+        [CONNECT, DISCONNECT, CONNECT_ADHOC, MANAGE_PROFILES, ALLOW_LAN, READ_LOG, INSPECT_FLOWS, SET_LOCKDOWN, STATUS];
 }
 
 /// Object path of the profile `name`: every byte that a D-Bus path element may not hold becomes `_xx` (hex), as systemd's

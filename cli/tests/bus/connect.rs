@@ -96,7 +96,7 @@ async fn a_password_on_the_command_line_is_warned_about_and_in_a_url_refused() {
 #[tokio::test]
 async fn every_error_name_has_its_exit_code() {
     type Named = fn(String) -> Error;
-    let cases: [(Named, i32); 11] = [
+    let cases: [(Named, i32); 12] = [
         (Error::NotAuthorized, 4),
         (Error::NoSuchProfile, 1),
         (Error::InvalidProfile, 1),
@@ -105,6 +105,7 @@ async fn every_error_name_has_its_exit_code() {
         (Error::InvalidOption, 2),
         (Error::Busy, 1),
         (Error::NotConnected, 3),
+        (Error::NeverConnected, 1),
         (Error::NotSupported, 1),
         (Error::LimitExceeded, 1),
         (Error::Internal, 1),
@@ -315,4 +316,54 @@ async fn a_failure_of_before_is_not_taken_for_this_one() {
     let _daemon = Daemon::start(&bus, script).await;
     let ran = bus.run(&["connect", "office"]).await;
     assert!(ran.code == 0 && !ran.err.contains("old story"), "{ran:?}");
+}
+
+#[tokio::test]
+async fn lockdown_is_turned_on_shown_and_turned_off() {
+    let bus = TestBus::start();
+    let daemon = Daemon::start(&bus, Script::default()).await;
+    for (args, words) in [
+        (vec!["lockdown"], "is off"),
+        (vec!["lockdown", "on"], "until you connect"),
+        (vec!["lockdown", "status"], "is on"),
+        (vec!["lockdown", "--json"], "\"lockdown\":true"),
+        (vec!["lockdown", "off"], "is off"),
+    ] {
+        let ran = bus.run(&args).await;
+        assert!(ran.code == 0 && ran.out.replace(": ", ":").contains(words), "{args:?}: {ran:?}");
+    }
+    assert_eq!(daemon.calls(), ["SetLockdown true", "SetLockdown false"]);
+    {
+        let mut script = daemon.script.lock().unwrap();
+        script.error = Some(Error::NeverConnected);
+        script.error_text = "no profile has connected yet".to_owned();
+    }
+    let ran = bus.run(&["lockdown", "on"]).await;
+    assert!(ran.code == 1 && ran.err.contains("no profile has connected yet") && ran.err.contains("import"), "{ran:?}");
+}
+
+#[tokio::test]
+async fn what_lockdown_keeps_closed_is_said() {
+    let bus = TestBus::start();
+    let steps = [Step::State("disconnecting", "", "", ""), Step::State("disconnected", "", "requested", "")];
+    let script = Script {
+        steps: steps.to_vec(),
+        state: "connected".to_owned(),
+        lockdown: true,
+        blocking: true,
+        ..Script::default()
+    };
+    let daemon = Daemon::start(&bus, script).await;
+    let ran = bus.run(&["disconnect"]).await;
+    assert!(ran.code == 0 && ran.out.contains("lockdown is on, so nothing leaves"), "{ran:?}");
+    let failed = |state| {
+        [Step::State("connecting", "", "", ""), Step::Pause(50), Step::State(state, "", "upstream-silent", "x")]
+    };
+    for (state, words) in
+        [("disconnected", "Lockdown is on"), ("blocked", "proxyctl lockdown off and proxyctl disconnect")]
+    {
+        daemon.script.lock().unwrap().steps = failed(state).to_vec();
+        let ran = bus.run(&["connect", "office"]).await;
+        assert!(ran.code != 0 && ran.err.contains(words) && !ran.err.contains("as it was"), "{ran:?}");
+    }
 }

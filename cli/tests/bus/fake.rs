@@ -128,6 +128,7 @@ pub(crate) struct Script {
     pub(crate) progress: Progress,
     pub(crate) since: u64,
     pub(crate) blocking: bool,
+    pub(crate) lockdown: bool,
     pub(crate) health: Vec<HealthItem>,
     pub(crate) plan: Vec<PlanStep>,
     pub(crate) checks: Vec<Check>,
@@ -321,6 +322,7 @@ impl Manager {
             ("Since", Variant::from(script.since)),
             ("Progress", progress),
             ("Blocking", Variant::from(script.blocking)),
+            ("Lockdown", Variant::from(script.lockdown)),
             ("Firewall", Variant::from("nftnl")),
             ("Device", Variant::from("pvpn0")),
             ("Resolvers", Variant::from(vec!["192.0.2.53"])),
@@ -403,6 +405,13 @@ impl Manager {
     async fn list_flows(&self, #[zbus(connection)] connection: &Connection) -> Result<Vec<Flow>, Error> {
         self.accept(connection, "ListFlows".to_owned()).await?;
         Ok(self.0.lock().unwrap().flows.clone())
+    }
+
+    async fn set_lockdown(&self, on: bool, #[zbus(connection)] connection: &Connection) -> Result<(), Error> {
+        self.accept(connection, format!("SetLockdown {on}")).await?;
+        let mut script = self.0.lock().unwrap();
+        (script.lockdown, script.blocking) = (on, on);
+        Ok(())
     }
 
     #[zbus(property)]

@@ -31,7 +31,7 @@ async fn status_has_its_shape() {
             "version": 1, "daemon-version": "9.9.9", "state": "blocked", "phase": "",
             "reason": {"code": "device-lost", "text": "the device vanished"},
             "backend": "proxy", "profile": "office", "upstream": "http://proxy.example:8080", "since": 7,
-            "progress": {"percent": 5, "summary": "retrying"}, "blocking": true, "firewall": "nftnl", "device": "pvpn0",
+            "progress": {"percent": 5, "summary": "retrying"}, "blocking": true, "lockdown": false, "firewall": "nftnl", "device": "pvpn0",
             "resolvers": ["192.0.2.53"], "health": [], "statistics": {"bytes-sent": 2048},
         })
     );

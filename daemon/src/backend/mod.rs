@@ -8,6 +8,7 @@
 //! - `question`: asking the upstream beside everything else
 //! - `shortage`: what this machine runs out of
 //! - `network`: from a profile to a desired network
+//! - `lock`: the lock, kept by systemd or without it
 //! - [`flush_caches`]: flushing DNS caches
 //! - `checks`: the checks of the diagnosis
 
@@ -15,6 +16,7 @@ mod caches;
 mod checks;
 mod engine;
 pub mod inspect;
+mod lock;
 mod lookout;
 mod network;
 pub mod proxy;

@@ -6,7 +6,7 @@ use proxyvpn_dbus::ReasonCode;
 
 use crate::config::profile::{Backend, Profile};
 use crate::machine::Failure;
-use crate::net::desired::{Desired, Exceptions, Tunnel};
+use crate::net::desired::{Desired, Exceptions, Locked, Tunnel};
 use crate::net::{self, Cut, firewall};
 use crate::resolvers::{self, Resolvers};
 
@@ -35,6 +35,7 @@ fn wanted(profile: &Profile) -> (Desired, Resolvers) {
         exceptions,
         killswitch: profile.protect.killswitch,
         inbound_replies: profile.protect.inbound_replies,
+        locked: Locked::No,
     };
     (desired, resolvers)
 }
@@ -47,7 +48,18 @@ pub(super) fn blocked(profile: &Profile) -> (Desired, Option<Resolvers>) {
 
 /// The network when it is not known what was wanted: nothing leaves.
 pub(super) fn closed() -> Desired {
-    Desired { tunnel: None, exceptions: Exceptions::default(), killswitch: true, inbound_replies: true }
+    Desired {
+        tunnel: None,
+        exceptions: Exceptions::default(),
+        killswitch: true,
+        inbound_replies: true,
+        locked: Locked::No,
+    }
+}
+
+/// The same under lockdown, if it is.
+pub(super) fn idle() -> Desired {
+    Desired { locked: Locked::Idle, ..closed() }
 }
 
 /// An error of the network in the user's words.

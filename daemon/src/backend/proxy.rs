@@ -17,6 +17,7 @@ use zbus::Connection;
 
 use super::engine::EngineSlot;
 use super::inspect::ProxyInspector;
+use super::lock;
 use super::lookout::{Disturbance, Lookout};
 use super::network::{self, texts};
 use super::question::Question;
@@ -24,7 +25,7 @@ use super::shortage::Shortages;
 use super::{caches, upstream};
 use crate::machine::world::{Facts, Fault, Inspector, World};
 use crate::machine::{Failure, Phase, Request};
-use crate::net::desired::{Desired, Exceptions, Tunnel};
+use crate::net::desired::{Desired, Exceptions, Locked, Tunnel};
 use crate::net::{self, Keeping, Network, Owned, Stage};
 use crate::resolvers::{self, Origin, Resolvers};
 
@@ -58,6 +59,10 @@ pub struct Proxy {
     shortages: Shortages,
     /// Whether the firewall is in force, and whether it blocks.
     applied: bool,
+    /// Under lockdown the kill switch is on, whatever the profile says.
+    locked: bool,
+    /// What the profile says.
+    killswitch: bool,
 }
 
 impl Proxy {
@@ -83,6 +88,8 @@ impl Proxy {
             broken: None,
             shortages: Shortages::default(),
             applied: false,
+            locked: false,
+            killswitch: false,
         }
     }
 
@@ -96,6 +103,18 @@ impl Proxy {
         Ok(self.network.insert(network))
     }
 
+    /// What is wanted from now on.
+    fn want(&mut self, desired: Desired) -> &Desired {
+        self.killswitch = desired.killswitch;
+        let killswitch = desired.killswitch || self.locked;
+        let locked = match desired.locked {
+            _ if !self.locked => Locked::No,
+            Locked::Idle => Locked::Idle,
+            Locked::No | Locked::Yes => Locked::Yes,
+        };
+        self.desired.insert(Desired { killswitch, locked, ..desired })
+    }
+
     fn desired(&self) -> Result<Desired, Failure> {
         self.desired.clone().ok_or_else(|| internal("the phases are out of order"))
     }
@@ -107,7 +126,7 @@ impl Proxy {
     async fn check_privileges(&mut self, request: &Request) -> Result<(), Failure> {
         let (desired, resolvers) = network::desired(&request.profile)?;
         self.network().await?.preflight(&desired).await.map_err(|error| network::failure(&error))?;
-        self.desired = Some(desired);
+        self.want(desired);
         self.resolvers = Some(resolvers);
         Ok(())
     }
@@ -313,6 +332,21 @@ impl Proxy {
         }
     }
 
+    /// Applies anew what is in force, with or without a lock beside it.
+    async fn tell_lock(&mut self, locked: bool) -> Result<(), Failure> {
+        self.locked = locked;
+        // What is idle is the same with a lock and without.
+        if let Some(desired) = self.desired.take_if(|desired| desired.locked != Locked::Idle) {
+            let killswitch = self.killswitch;
+            self.want(Desired { killswitch, ..desired });
+            if self.applied {
+                self.apply(Stage::Firewall).await?;
+                self.in_force = self.desired.clone();
+            }
+        }
+        Ok(())
+    }
+
     async fn stop_engine(&mut self) {
         self.engine.stop().await;
         self.events = None;
@@ -355,14 +389,14 @@ impl World for Proxy {
     async fn block(&mut self, request: Option<&Request>) -> Result<(), Failure> {
         let (desired, resolvers) = match request {
             Some(request) => network::blocked(&request.profile),
-            None => (network::closed(), None),
+            None => (network::idle(), None),
         };
         self.watch().await;
+        let desired = self.want(desired).clone();
         let network = self.network().await?;
         let firewall = network.apply(Stage::Firewall, &desired).await;
         let routes = network.apply(Stage::Routes, &desired).await;
         self.applied = firewall.is_ok();
-        self.desired = Some(desired.clone());
         // Also what could not be applied: the next look tries again.
         self.in_force = Some(desired.clone());
         self.resolvers = resolvers;
@@ -497,6 +531,17 @@ impl World for Proxy {
         items.extend(self.look().await);
         items.extend(self.lookout.items());
         items
+    }
+
+    async fn lock(&mut self, on: bool) -> Result<Vec<HealthItem>, Failure> {
+        // First what is let through says so to the lock; last it stops.
+        if on {
+            self.tell_lock(true).await?;
+            return lock::close(&self.bus).await;
+        }
+        lock::open(&self.bus).await?;
+        self.tell_lock(false).await?;
+        Ok(Vec::new())
     }
 
     async fn tear_down(&mut self) -> Vec<String> {

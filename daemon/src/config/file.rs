@@ -116,13 +116,13 @@ pub enum FileError {
 
 /// Who may have written a file or directory, and how large it may be.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Rules<'a> {
+pub(crate) struct Rules<'a> {
     /// User ids that may own it; the first is the one that an error proposes.
-    pub(super) owners: &'a [u32],
+    pub(crate) owners: &'a [u32],
     /// Most bytes.
-    pub(super) max: usize,
+    pub(crate) max: usize,
     /// Nobody but owner and group may have any access.
-    pub(super) secret: bool,
+    pub(crate) secret: bool,
 }
 
 /// Opens a directory without following a link. Its owner and mode are [`check_dir`]'s.
@@ -141,7 +141,7 @@ pub(super) fn check_dir(dir: BorrowedFd<'_>, path: &Path, owners: &[u32]) -> Res
 }
 
 /// Reads a regular file completely, by a path.
-pub(super) fn read(path: &Path, rules: Rules<'_>) -> Result<Zeroizing<Vec<u8>>, FileError> {
+pub(crate) fn read(path: &Path, rules: Rules<'_>) -> Result<Zeroizing<Vec<u8>>, FileError> {
     read_at(CWD, path.as_os_str(), path, rules)
 }
 

@@ -9,7 +9,7 @@ use tokio::time::{Instant, sleep_until};
 
 use super::connected::Connected;
 use super::connecting::Connecting;
-use super::context::{Context, Order, accept, busy, refuse};
+use super::context::{Context, Order, accept, answer, busy, refuse};
 use super::disconnecting::Disconnecting;
 use super::world::{Fault, Inspector, World};
 use super::{Failure, Request, Stage};
@@ -83,6 +83,10 @@ impl Blocked {
                         refuse(reply, Error::NotConnected("what was wanted is not known; disconnect first".to_owned()))
                     }
                 },
+                Wake::Order(Order::Lockdown(on, reply)) => {
+                    let done = context.set_lockdown(on).await;
+                    answer(reply, done);
+                }
                 Wake::Order(Order::Shutdown) => return Stage::Disconnecting(Disconnecting::requested()),
                 Wake::Fault(Fault::Upstream(failure)) => {
                     context.because(failure.reason());
@@ -131,6 +135,7 @@ impl Blocked {
                             return Stage::Connecting(Connecting::again(request, 0));
                         }
                     }
+                    context.orders.release();
                     context.look().await;
                     self.attempt = self.attempt.saturating_add(1);
                     tried = Instant::now();
@@ -193,6 +198,7 @@ async fn probe<W: World, I: Inspector>(context: &mut Context<W, I>) -> Probe {
                     accept(reply);
                     return Probe::Again;
                 }
+                Order::Lockdown(on, reply) => orders.hold(on, reply),
                 Order::Disconnect(reply) => {
                     accept(reply);
                     return Probe::Unwanted;

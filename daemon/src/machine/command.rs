@@ -26,6 +26,8 @@ pub enum Command {
     Disconnect(oneshot::Sender<Result<(), proxyvpn_dbus::Error>>),
     /// Make it anew without opening the network.
     Reconnect(oneshot::Sender<Result<(), proxyvpn_dbus::Error>>),
+    /// Lockdown on, with the profiles that could be connected then; or off (`None`). The reply comes when it is done.
+    Lockdown(Option<Vec<Profile>>, oneshot::Sender<Result<(), proxyvpn_dbus::Error>>),
     /// What `Connect` would change.
     Plan(Box<Request>, oneshot::Sender<Result<Vec<PlanStep>, proxyvpn_dbus::Error>>),
     /// Check what a connection needs; without a request, only what needs no upstream.
@@ -57,6 +59,8 @@ pub struct View {
     pub progress: Progress,
     /// Whether traffic around the tunnel is blocked now.
     pub blocking: bool,
+    /// Whether nothing may leave without a connection.
+    pub lockdown: bool,
     /// `nftnl`, `nft`, `iptables` or empty.
     pub firewall: &'static str,
     /// Tunnel device or empty.

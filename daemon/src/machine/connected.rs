@@ -7,7 +7,7 @@ use tokio::time::{MissedTickBehavior, interval};
 
 use super::blocked::Blocked;
 use super::connecting::Connecting;
-use super::context::{Context, Order, accept, busy};
+use super::context::{Context, Order, accept, answer, busy};
 use super::disconnecting::Disconnecting;
 use super::world::{Fault, Inspector, World};
 use super::{Request, Stage};
@@ -40,6 +40,10 @@ impl Connected {
                     Order::Reconnect(reply) => {
                         accept(reply);
                         return Stage::Connecting(Connecting::again(self.request, 0));
+                    }
+                    Order::Lockdown(on, reply) => {
+                        let done = context.set_lockdown(on).await;
+                        answer(reply, done);
                     }
                     Order::Shutdown => return Stage::Disconnecting(Disconnecting::requested()),
                 },

@@ -38,10 +38,14 @@ impl Connecting {
 
     pub(super) async fn next<W: World, I: Inspector>(self, context: &mut Context<W, I>) -> Stage {
         context.enter(State::Connecting, Reason::default(), Some(&self.request));
-        if self.hold
-            && let Err(failure) = context.world.block(Some(&self.request)).await
+        if self.hold {
+            if let Err(failure) = context.world.block(Some(&self.request)).await {
+                return Stage::Blocked(Blocked::rebuild(Some(self.request), failure, self.attempt));
+            }
+        } else if context.locked()
+            && let Err(failure) = context.world.block(None).await
         {
-            return Stage::Blocked(Blocked::rebuild(Some(self.request), failure, self.attempt));
+            return Stage::Disconnecting(Disconnecting { reason: failure.reason() });
         }
         let mut touched = false;
         let mut percent = 0;
@@ -51,11 +55,12 @@ impl Connecting {
             touched |= phase.touches_network();
             match self.run(phase, context).await {
                 Outcome::Done(Ok(())) => {}
-                Outcome::Done(Err(failure)) => return self.failed(failure, touched),
+                Outcome::Done(Err(failure)) => return self.failed(failure, touched || context.locked()),
                 Outcome::Unwanted => return Stage::Disconnecting(Disconnecting::requested()),
             }
             percent += 100 / u32::try_from(Phase::PROXY.len()).unwrap_or(100);
         }
+        context.remember(&self.request.profile);
         Stage::Connected(Connected::new(self.request))
     }
 
@@ -72,6 +77,7 @@ impl Connecting {
                 order = orders.next() => match order {
                     Order::Connect(_, reply) => busy(reply, "a connection is being made; disconnect first"),
                     Order::Reconnect(reply) => busy(reply, "a connection is being made"),
+                    Order::Lockdown(on, reply) => orders.hold(on, reply),
                     Order::Disconnect(reply) => {
                         accept(reply);
                         unwanted = true;

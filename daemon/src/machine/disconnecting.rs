@@ -1,4 +1,4 @@
-//! `disconnecting`: everything is taken away.
+//! `disconnecting`: everything is taken away; under lockdown, everything is closed.
 
 use std::pin::pin;
 
@@ -32,20 +32,30 @@ impl Disconnecting {
         {
             tracing::error!("cannot record that nothing is wanted: {error}");
         }
-        context.enter(State::Disconnecting, self.reason.clone(), None);
-        context.progress("restore-network", 0, "Giving the network back");
-        let Context { world, orders, .. } = context;
-        let mut work = pin!(world.tear_down());
+        let mut reason = self.reason;
+        let summary = if context.locked() {
+            if reason.code == ReasonCode::Requested.as_str() {
+                reason.text = "Disconnected on request; lockdown is on, so nothing leaves until you connect".to_owned();
+            }
+            "Closing the network"
+        } else {
+            "Giving the network back"
+        };
+        context.enter(State::Disconnecting, reason.clone(), None);
+        context.progress("restore-network", 0, summary);
+        let (work, orders) = context.rest();
+        let mut work = pin!(work);
         // The first who wants to connect again gets it when this is done: a call that starts the daemon comes this early.
         let mut next: Option<(Box<Request>, Reply)> = None;
-        let leftovers = loop {
+        let unsettled = loop {
             tokio::select! {
                 biased;
-                leftovers = &mut work => break leftovers,
+                unsettled = &mut work => break unsettled,
                 order = orders.next() => match order {
                     Order::Connect(request, reply) if next.is_none() => next = Some((request, reply)),
                     Order::Connect(_, reply) => busy(reply, "another connection is about to be made"),
                     Order::Reconnect(reply) => busy(reply, "the connection is being taken down"),
+                    Order::Lockdown(on, reply) => orders.hold(on, reply),
                     Order::Disconnect(reply) => {
                         accept(reply);
                         if let Some((_, reply)) = next.take() {
@@ -56,9 +66,9 @@ impl Disconnecting {
                 },
             }
         };
-        for leftover in &leftovers {
-            tracing::error!("not undone: {leftover}");
+        for item in &unsettled {
+            tracing::error!(code = item.code, "{}", item.text);
         }
-        Stage::Disconnected(Disconnected { reason: self.reason, leftovers, next })
+        Stage::Disconnected(Disconnected { reason, unsettled, next })
     }
 }

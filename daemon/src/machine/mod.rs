@@ -7,6 +7,7 @@
 //! - [`phase`]: the phases of an attempt
 //! - [`failure`]: what went wrong, in the user's words
 //! - [`intent`]: what is wanted, on disk
+//! - [`lockdown`]: whether there may be network without a connection, on disk
 //! - `context`, `disconnected`, `connecting`, `connected`, `blocked`, `disconnecting`: the states
 
 mod blocked;
@@ -18,6 +19,7 @@ mod disconnected;
 mod disconnecting;
 pub mod failure;
 pub mod intent;
+pub mod lockdown;
 pub mod phase;
 #[cfg(test)]
 mod tests;
@@ -36,6 +38,7 @@ use disconnected::Disconnected;
 use disconnecting::Disconnecting;
 pub use failure::Failure;
 use intent::{Intent, IntentFile};
+use lockdown::LockdownFiles;
 pub use phase::Phase;
 use world::World;
 
@@ -69,18 +72,20 @@ impl Machine {
     }
 
     /// Runs until `shutdown` turns true and everything is taken away. Goes on with what `intent` says was wanted when the
-    /// last daemon ended, else connects `autoconnect`, else cleans up what may be left.
+    /// last daemon ended, else connects `autoconnect`, else cleans up what may be left. Under lockdown nothing of that opens.
     pub async fn run<W: World>(
         self,
         world: W,
         intent: IntentFile,
+        lockdown: LockdownFiles,
         autoconnect: Option<Request>,
         shutdown: watch::Receiver<bool>,
     ) {
         let wanted = intent.read();
         let inspector = world.inspector();
         let view = (self.view, self.standing);
-        let mut context = Context::new(world, inspector, self.commands, shutdown, view, intent);
+        let mut context = Context::new(world, inspector, self.commands, shutdown, view, (intent, lockdown));
+        context.recall_lockdown().await;
         let mut stage = match (wanted, autoconnect) {
             (Intent::Profile(profile), _) => {
                 tracing::info!(profile = profile.name, "going on with the connection that was wanted before");

@@ -19,7 +19,10 @@ pub trait World {
     async fn fault(&mut self) -> Fault;
     /// Looks whether all is still as applied, puts back what others changed, and tells what else the user should know.
     async fn health(&mut self) -> Vec<HealthItem>;
-    /// Takes everything away; what could not be undone is in the answer, one line each.
+    /// Puts the lock in force, which lets nothing leave but what the daemon sends or lets through, whether the daemon runs or
+    /// not; or takes it away. What is applied is changed with it. Idempotent. What falls short is in the answer.
+    async fn lock(&mut self, on: bool) -> Result<Vec<HealthItem>, Failure>;
+    /// Takes everything away but the lock; what could not be undone is in the answer, one line each.
     async fn tear_down(&mut self) -> Vec<String>;
     /// What the view shows of the running connection.
     fn facts(&self) -> Facts;

@@ -6,6 +6,9 @@ use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 
 /// `SO_MARK` of sockets that may leave. Compared with the full mask: `ip rule`, nft and the engine all use this number.
 pub const MARK: u32 = 0x7076_706e;
+/// Mark of what leaves without [`MARK`] while there is a lock: by it the lock knows what our table let through. No rule leads
+/// it anywhere, and our table does not ask for it.
+pub const PASSED: u32 = MARK + 3;
 /// Our routing table. Outside what distributions and wg-quick (51820) use.
 pub const TABLE: u32 = 7_376_750;
 /// First priority of our policy rules; they stand in front of main (32766) and of what wg-quick and tailscale add (5210 and up).
@@ -16,6 +19,8 @@ pub const RULE_PRIORITIES: u32 = 32;
 pub const ROUTE_PROTOCOL: u8 = 112;
 /// Name of our nft tables.
 pub const NFT_TABLE: &str = "proxyvpn";
+/// Name of the nft table that locks the machine, with a daemon or without.
+pub const LOCK_TABLE: &str = "proxyvpn-lock";
 /// What `src_valid_mark` is set to where it was 0: any non-zero value means on (ip-sysctl), and this one tells that it is ours.
 pub const SYSCTL_ON: u32 = 112;
 
@@ -30,6 +35,19 @@ pub struct Desired {
     pub killswitch: bool,
     /// Answer connections that began outside the way they came.
     pub inbound_replies: bool,
+    /// Whether there is a lock beside our table.
+    pub locked: Locked,
+}
+
+/// Whether there is a lock beside our table, by which nothing leaves that is not ours.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Locked {
+    /// There is none.
+    No,
+    /// What our table lets through carries [`PASSED`] for it.
+    Yes,
+    /// The same, and nothing is to be steered: where TCP has no route, connections from outside could not be answered.
+    Idle,
 }
 
 /// The tunnel device.

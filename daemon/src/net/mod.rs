@@ -18,6 +18,7 @@
 //! - [`SocketOwners`]: whose a connection of this machine is
 //! - [`sockets`]: TCP sockets of this machine, and which of them began outside
 //! - `cut`: ending the connections that cannot go on
+//! - [`lock`]: a table of its own by which nothing leaves, with a daemon or without
 //! - [`firewall`]: the nft table: a small value, compiled purely to rules, sent as one transaction
 
 mod cut;
@@ -29,6 +30,7 @@ mod health;
 mod journal;
 mod keep;
 mod kernel;
+pub mod lock;
 mod look;
 mod network;
 mod observed;

@@ -6,7 +6,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::os::fd::OwnedFd;
 use std::path::Path;
 
-use super::desired::{Desired, Exceptions, Tunnel};
+use super::desired::{Desired, Exceptions, Locked, Tunnel};
 use super::firewall::{self, Backend, MAX_SESSIONS, Ruleset};
 use super::health::{self, Finding};
 use super::journal::Journal;
@@ -159,6 +159,7 @@ impl Network {
             exceptions: Exceptions::default(),
             killswitch: false,
             inbound_replies: false,
+            locked: Locked::No,
         };
         let made = match self.kernel.create(tunnel, queues).await {
             // When this fails the descriptors are closed, and the device goes with them.
@@ -380,7 +381,7 @@ impl Network {
 
 /// Runs what waits for the kernel or a program on a thread for such: a program may take seconds, and the bus and the watchdog
 /// are served meanwhile.
-async fn blocking<T: Send + 'static>(
+pub(super) async fn blocking<T: Send + 'static>(
     work: impl FnOnce() -> Result<T, firewall::Error> + Send + 'static,
 ) -> Result<T, firewall::Error> {
     let done = tokio::task::spawn_blocking(work).await;
@@ -415,11 +416,12 @@ fn not_ended(error: &(dyn std::error::Error + 'static)) {
     tracing::warn!(error, "connections from before cannot be ended; each is cut when its program sends next");
 }
 
-/// Connections from outside that are open already. They can only be kept if they are known, so an error means none.
 async fn sessions(observed: &Observed, desired: &Desired) -> Vec<(SocketAddr, SocketAddr)> {
-    if !desired.inbound_replies {
-        return vec![];
-    }
+    if desired.inbound_replies { inbound_sessions(observed).await } else { vec![] }
+}
+
+/// Connections from outside that are open already. They can only be kept if they are known, so an error means none.
+pub(super) async fn inbound_sessions(observed: &Observed) -> Vec<(SocketAddr, SocketAddr)> {
     let outside: HashSet<IpAddr> = observed.outside_addresses().map(|address| address.to_canonical()).collect();
     let read = tokio::task::spawn_blocking(move || sockets::inbound_sessions(&outside)).await.map_err(io::Error::other);
     let sessions = read.and_then(|sessions| sessions).unwrap_or_else(|error| {

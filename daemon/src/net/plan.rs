@@ -4,7 +4,7 @@ use std::net::IpAddr;
 
 use ipnet::IpNet;
 
-use super::desired::{Desired, MARK, RULE_PRIORITIES, RULE_PRIORITY, SYSCTL_ON, TABLE, Tunnel};
+use super::desired::{Desired, Locked, MARK, RULE_PRIORITIES, RULE_PRIORITY, SYSCTL_ON, TABLE, Tunnel};
 use super::observed::{Observed, SourceValidation};
 use super::step::{Action, Change, Family, Route, Rule, Step, Target, Verdict};
 
@@ -27,8 +27,10 @@ pub(super) fn plan(observed: &Observed, desired: &Desired) -> Vec<Step> {
         plan_tunnel(observed, tunnel, &mut steps);
     }
     let ours = desired.tunnel.as_ref().map(|tunnel| tunnel.name.as_str());
-    let routes = routes(observed, desired);
-    let rules = rules(observed, desired);
+    let (routes, rules) = match desired.locked {
+        Locked::Idle => (vec![], vec![]),
+        Locked::No | Locked::Yes => (routes(observed, desired), rules(observed, desired)),
+    };
     let marks = source_marks(observed, ours);
 
     // The table is full before a rule leads to it, and the exceptions stand before the rule that they are exceptions of.
@@ -233,6 +235,7 @@ pub(super) mod tests {
             exceptions: super::super::desired::Exceptions::default(),
             killswitch: true,
             inbound_replies: true,
+            locked: Locked::No,
         }
     }
 
@@ -313,6 +316,20 @@ rule add -6 priority 3731 ipproto tcp lookup 7376750 protocol 112
         apply(&mut observed, &steps);
         assert_eq!(plan_removal(&observed), vec![]);
         assert_eq!((observed.rules.len(), observed.routes.len(), observed.links), (0, 0, machine().links));
+    }
+
+    #[test]
+    fn without_anything_wanted_a_lock_steers_nothing() {
+        let (mut observed, mut desired) = (machine(), desired());
+        desired.tunnel = None;
+        let wanted = plan(&observed, &desired);
+        assert!(wanted.iter().any(|step| step.line().contains("ipproto tcp")));
+        desired.locked = Locked::Idle;
+        assert_eq!(plan(&observed, &desired), []);
+        observed.rules = rules(&observed, &desired);
+        observed.routes = routes(&observed, &desired);
+        let (steps, there) = (plan(&observed, &desired), observed.rules.len() + observed.routes.len());
+        assert!(steps.iter().all(|step| step.action() == Action::Remove) && steps.len() == there, "{steps:?}");
     }
 
     #[test]

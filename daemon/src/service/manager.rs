@@ -18,7 +18,7 @@ use super::options::{self, ConnectOptions};
 use super::profiles::Profiles;
 use super::publish;
 use crate::authority::Authority;
-use crate::config::store::{Importer, MAX_TEXT};
+use crate::config::store::{Importer, MAX_TEXT, ProfileStore};
 use crate::config::{check, descriptor, secret};
 use crate::log::Log;
 use crate::machine::{Command, Handle, Request};
@@ -264,6 +264,18 @@ impl Manager {
         self.tell(ACCEPT, Command::Flows).await
     }
 
+    /// From now on no network without a connection, also after a reboot; or as before. Returns when it is done.
+    async fn set_lockdown(&self, on: bool) -> Result<(), Error> {
+        let profiles = if on {
+            let usable =
+                |store: &ProfileStore| store.list().into_iter().filter_map(|entry| entry.result.ok()).collect();
+            Some(self.profiles.with_store(move |store| Ok(usable(store))).await?)
+        } else {
+            None
+        };
+        self.tell(ACCEPT, |reply| Command::Lockdown(profiles, reply)).await?
+    }
+
     /// A new state, with its phase and reason.
     #[zbus(signal, name = "StateChanged")]
     pub(super) async fn transition(
@@ -329,6 +341,12 @@ impl Manager {
     #[zbus(property)]
     fn blocking(&self) -> bool {
         self.handle.view.borrow().blocking
+    }
+
+    /// Whether nothing may leave without a connection.
+    #[zbus(property)]
+    fn lockdown(&self) -> bool {
+        self.handle.view.borrow().lockdown
     }
 
     /// What is not as it should be: stable code, severity, text.

@@ -18,7 +18,7 @@ use crate::machine::View;
 type Read = fn(&View) -> Variant<'static>;
 
 /// The properties that follow the view, by their name on the bus.
-pub(super) const PROPERTIES: [(&str, Read); 9] = [
+pub(super) const PROPERTIES: [(&str, Read); 10] = [
     ("State", |view| view.state.as_str().into()),
     ("Phase", |view| view.phase.into()),
     ("Reason", |view| view.reason.clone().into()),
@@ -27,6 +27,7 @@ pub(super) const PROPERTIES: [(&str, Read); 9] = [
     ("Since", |view| view.since.into()),
     ("Progress", |view| view.progress.clone().into()),
     ("Blocking", |view| view.blocking.into()),
+    ("Lockdown", |view| view.lockdown.into()),
     ("Health", |view| view.health.clone().into()),
 ];
 

@@ -60,6 +60,7 @@ async fn attempts(
         "Reconnect" | "Status" | "ListFlows" | "GetManagedObjects" => vec![(needed, attempt!(&()))],
         "GetLog" => vec![(needed, attempt!(&(0_u32,)))],
         "ImportProfile" => vec![(needed, attempt!(&(pipe("x = 1"), options([("name", "new".into())]))))],
+        "SetLockdown" => vec![(needed.clone(), attempt!(&(true,))), (needed, attempt!(&(false,)))],
         "RemoveProfile" => vec![(needed, attempt!(&("missing",)))],
         other => panic!("the test does not know {other}"),
     }

@@ -147,6 +147,13 @@ async fn take_notes(mut commands: mpsc::Receiver<Command>, notes: Notes) {
                 reply.send(Ok(())).unwrap();
                 "reconnect".to_owned()
             }
+            Command::Lockdown(on, reply) => {
+                reply.send(Ok(())).unwrap();
+                format!(
+                    "lockdown {:?}",
+                    on.map(|profiles| profiles.into_iter().map(|profile| profile.name).collect::<Vec<_>>())
+                )
+            }
             Command::Plan(request, reply) => {
                 reply.send(Ok(Vec::new())).unwrap();
                 format!("plan {}", request.profile.name)

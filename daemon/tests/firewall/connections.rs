@@ -21,7 +21,7 @@ use crate::{
 };
 
 /// A connection between two namespaces: the client's socket, the server's.
-fn pair(
+pub(crate) fn pair(
     listener: &TcpListener,
     client: impl FnOnce(SocketAddr) -> std::io::Result<Socket>,
 ) -> std::io::Result<(Socket, Socket)> {
@@ -30,7 +30,7 @@ fn pair(
 }
 
 /// Whether both can still talk.
-fn alive(a: &Socket, b: &Socket) -> bool {
+pub(crate) fn alive(a: &Socket, b: &Socket) -> bool {
     let there = |from: &Socket, to: &Socket| from.send(b"hello").is_ok() && read(to).is_ok_and(|got| got == b"hello");
     there(a, b) && there(b, a)
 }

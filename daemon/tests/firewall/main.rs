@@ -6,6 +6,8 @@
 
 mod choice;
 mod connections;
+
+mod lock;
 mod owner;
 mod probes;
 mod state;

@@ -9,7 +9,7 @@ use std::{
 };
 
 use proxyvpnd::net::{
-    desired::Desired,
+    desired::{Desired, Locked},
     firewall::{Backend, Error, Programs, Timeouts, compile},
 };
 
@@ -37,7 +37,8 @@ fn states() -> Vec<Desired> {
         full.clone(),
         Desired { killswitch: false, ..full.clone() },
         Desired { tunnel: None, ..full.clone() },
-        Desired { inbound_replies: false, ..full },
+        Desired { inbound_replies: false, ..full.clone() },
+        Desired { locked: Locked::Yes, ..full },
     ]
 }
 

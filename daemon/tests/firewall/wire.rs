@@ -18,7 +18,7 @@ use crate::{
 };
 
 /// What a killswitch lets out although nobody asked for it.
-fn neighbours(line: &str) -> bool {
+pub(crate) fn neighbours(line: &str) -> bool {
     let discovery = line.starts_with("icmp6 ") && ["133", "135", "136"].iter().any(|t| line.ends_with(t));
     line == "arp" || discovery
 }

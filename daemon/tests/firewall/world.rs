@@ -10,7 +10,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use proxyvpnd::net::desired::{Desired, Exceptions, MARK, TABLE, Tunnel};
+use proxyvpnd::net::desired::{Desired, Exceptions, Locked, MARK, TABLE, Tunnel};
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 use socket2::{Domain, Protocol, Socket, Type};
 
@@ -223,5 +223,6 @@ pub(crate) fn desired() -> Desired {
         },
         killswitch: true,
         inbound_replies: true,
+        locked: Locked::No,
     }
 }

@@ -17,7 +17,7 @@ use super::{
 };
 use crate::net::{
     Keeping,
-    desired::{Desired, Exceptions, Tunnel},
+    desired::{Desired, Exceptions, Locked, Tunnel},
 };
 
 /// The way rules reach the kernel.
@@ -92,7 +92,10 @@ static SAMPLE: LazyLock<Ruleset> = LazyLock::new(|| {
     let v6 = ipnet::Ipv6Net::new_assert([0xfd70, 0x7670, 0x6e, 0, 0, 0, 0, 1].into(), 64);
     let tunnel = Tunnel { name: "pvpn0".to_owned(), v4, v6, mtu: 1500 };
     let exceptions = Exceptions { lan: vec![v4.into(), v6.into()], resolvers: vec![v4.addr().into()], users: vec![0] };
-    compile(&Desired { tunnel: Some(tunnel), exceptions, killswitch: true, inbound_replies: true }, &[])
+    compile(
+        &Desired { tunnel: Some(tunnel), exceptions, killswitch: true, inbound_replies: true, locked: Locked::Yes },
+        &[],
+    )
 });
 
 impl Backend {

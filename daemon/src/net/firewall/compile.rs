@@ -5,7 +5,7 @@ use std::net::{IpAddr, SocketAddr};
 use ipnet::IpNet;
 
 use super::rules::{Action, Chain, Family, Hook, Kind, Match, Policy, Protocol, Rule, Ruleset, Timeout};
-use crate::net::desired::{Desired, MARK};
+use crate::net::desired::{Desired, Locked, MARK};
 
 /// How many older inbound sessions get a rule; more are not kept.
 pub const MAX_SESSIONS: usize = 1024;
@@ -121,8 +121,10 @@ fn postrouting(desired: &Desired) -> Vec<Rule> {
     rules
 }
 
-/// What may leave.
-fn allowed(desired: &Desired) -> Vec<Rule> {
+/// What may leave. To the lock the daemon's own says itself what it is.
+pub(super) fn allowed(desired: &Desired) -> Vec<Rule> {
+    let own = |m: &Match| matches!(m, Match::Mark) || matches!(m, Match::Oif(name) if name == "lo");
+    let pass = |matches: &[Match]| desired.locked != Locked::No && !matches.iter().any(own);
     let mut matches: Vec<Vec<Match>> = own_devices(desired).map(|name| vec![Match::Oif(name)]).collect();
     matches.push(vec![Match::Mark]);
     matches.extend(desired.exceptions.users.iter().map(|user| vec![Match::User(*user)]));
@@ -142,7 +144,9 @@ fn allowed(desired: &Desired) -> Vec<Rule> {
         ]);
     }
     matches.extend(NEIGHBOUR_DISCOVERY.map(|kind| vec![Match::Icmp6Type(kind)]));
-    matches.into_iter().map(|matches| rule(matches, Action::Accept)).collect()
+    let accept =
+        |matches: Vec<Match>| if pass(&matches) { rule(matches, Action::Pass) } else { rule(matches, Action::Accept) };
+    matches.into_iter().map(accept).collect()
 }
 
 /// Loopback and the tunnel.
@@ -151,15 +155,22 @@ fn own_devices(desired: &Desired) -> impl Iterator<Item = String> {
 }
 
 /// Sockets that serve both versions report IPv4 peers as `::ffff:a.b.c.d`; on the wire it is IPv4.
-fn canonical(address: SocketAddr) -> SocketAddr {
+pub(super) fn canonical(address: SocketAddr) -> SocketAddr {
     SocketAddr::new(address.ip().to_canonical(), address.port())
 }
 
-fn rule(matches: Vec<Match>, action: Action) -> Rule {
+pub(super) fn rule(matches: Vec<Match>, action: Action) -> Rule {
     Rule { matches, action }
 }
 
-fn chain(name: &'static str, kind: Kind, hook: Hook, priority: i32, policy: Policy, rules: Vec<Rule>) -> Chain {
+pub(super) fn chain(
+    name: &'static str,
+    kind: Kind,
+    hook: Hook,
+    priority: i32,
+    policy: Policy,
+    rules: Vec<Rule>,
+) -> Chain {
     Chain { name, kind, hook, priority, policy, rules }
 }
 
@@ -181,6 +192,7 @@ pub(super) mod tests {
             },
             killswitch: true,
             inbound_replies: true,
+            locked: Locked::No,
         }
     }
 
@@ -264,8 +276,13 @@ CHAIN icmpv6 type nd-neighbor-advert accept"#;
         assert!(has(&base, "ct direction reply") && !has(&silent, "ct direction reply"));
         assert!(has(&base, "prerouting tcp flags") && !has(&silent, "prerouting tcp flags"));
         assert!(has(&silent, "fib daddr type local"));
-        let least =
-            Desired { tunnel: None, exceptions: Exceptions::default(), killswitch: false, inbound_replies: false };
+        let least = Desired {
+            tunnel: None,
+            exceptions: Exceptions::default(),
+            killswitch: false,
+            inbound_replies: false,
+            ..base.clone()
+        };
         assert_eq!(chains(&least), ["prerouting", "output"]);
         assert!(has(&least, "meta mark 0x7076706e ct timeout set"));
     }
@@ -278,8 +295,13 @@ CHAIN icmpv6 type nd-neighbor-advert accept"#;
             assert_eq!(with.lines().len() - rest.len(), 3);
             assert_eq!(without.lines(), rest);
         }
-        let least =
-            Desired { tunnel: None, exceptions: Exceptions::default(), killswitch: false, inbound_replies: false };
+        let least = Desired {
+            tunnel: None,
+            exceptions: Exceptions::default(),
+            killswitch: false,
+            inbound_replies: false,
+            ..desired()
+        };
         let names: Vec<_> = compile(&least, &[]).without_timeout().chains.iter().map(|chain| chain.name).collect();
         assert_eq!(names, ["prerouting"]);
     }

@@ -11,7 +11,7 @@ use super::{
     rules::{Action, Chain, Family, Match, Policy, Rule, Ruleset},
     text::Short,
 };
-use crate::net::desired::MARK;
+use crate::net::desired::{MARK, PASSED};
 
 /// Beginning of our chains' names.
 pub(super) const PREFIX: &str = "PROXYVPN-";
@@ -159,6 +159,7 @@ fn line(rule: &Rule, family: Family) -> Option<String> {
             Match::Iif(name) => write!(line, " -i {name}"),
             Match::Oif(name) => write!(line, " -o {name}"),
             Match::Mark => write!(line, " -m mark --mark {MARK:#x}/0xffffffff"),
+            Match::Passed => write!(line, " -m mark --mark {PASSED:#x}/0xffffffff"),
             Match::CtMark(mark) => write!(line, " -m connmark --mark {mark:#x}/0xffffffff"),
             Match::CtNew => write!(line, " -m conntrack --ctstate NEW"),
             Match::CtReply => write!(line, " -m conntrack --ctdir REPLY"),
@@ -180,7 +181,8 @@ fn line(rule: &Rule, family: Family) -> Option<String> {
         Action::Count | Action::SetTimeout(_) => return None,
         Action::SetMark => format!("MARK --set-xmark {MARK:#x}/0xffffffff"),
         Action::SetCtMark(mark) => format!("CONNMARK --set-xmark {mark:#x}/0xffffffff"),
-        Action::Accept => "RETURN".to_owned(),
+        // There is no lock where there is no nf_tables.
+        Action::Accept | Action::Pass => "RETURN".to_owned(),
         Action::Drop => "DROP".to_owned(),
         Action::RejectReset => "REJECT --reject-with tcp-reset".to_owned(),
         Action::RejectPort if v4 => "REJECT --reject-with icmp-port-unreachable".to_owned(),

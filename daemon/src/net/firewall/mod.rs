@@ -1,6 +1,7 @@
 //! The firewall: a small value, compiled purely to rules, sent as one transaction, read back.
 //!
 //! - `compile`: desired state to rules, without side effects
+//! - `lock`: the table that holds without a daemon
 //! - `rules`: the rules as a value, in the terms of nftables
 //! - `text`: the rules in nft notation
 //! - `netlink`: sent by libnftnl over netlink; needs `CAP_NET_ADMIN` only
@@ -12,6 +13,7 @@ mod backend;
 mod compile;
 mod error;
 mod iptables;
+pub(super) mod lock;
 mod netlink;
 mod nft;
 mod program;

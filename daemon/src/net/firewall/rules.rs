@@ -91,6 +91,8 @@ pub(super) enum Match {
     Oif(String),
     /// Carries our mark.
     Mark,
+    /// Our table let it through.
+    Passed,
     /// Its connection carries this mark.
     CtMark(u32),
     /// Opens a connection.
@@ -128,6 +130,8 @@ pub(super) enum Action {
     Count,
     /// Leave this chain; chains of others still decide.
     Accept,
+    /// The same, and tell the lock.
+    Pass,
     Drop,
     /// Answer with a TCP reset.
     RejectReset,

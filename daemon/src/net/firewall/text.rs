@@ -8,7 +8,7 @@ use super::{
     compile::{PRIORITY_FILTER, PRIORITY_MANGLE},
     rules::{Action, Chain, Family, Hook, Kind, Match, Policy, Protocol, Rule, Ruleset, Timeout},
 };
-use crate::net::desired::{MARK, NFT_TABLE};
+use crate::net::desired::{MARK, NFT_TABLE, PASSED};
 
 impl Ruleset {
     /// One line per object, chain and rule in nft notation, such as `inet proxyvpn forward { type filter … }` and
@@ -109,6 +109,7 @@ impl Display for Match {
             Self::Iif(name) => write!(f, "iifname \"{name}\""),
             Self::Oif(name) => write!(f, "oifname \"{name}\""),
             Self::Mark => write!(f, "meta mark {MARK:#010x}"),
+            Self::Passed => write!(f, "meta mark {PASSED:#010x}"),
             Self::CtMark(mark) => write!(f, "ct mark {mark:#010x}"),
             Self::CtNew => f.write_str("ct state new"),
             Self::CtReply => f.write_str("ct direction reply"),
@@ -139,6 +140,7 @@ impl Display for Action {
             Self::SetTimeout(name) => write!(f, "ct timeout set \"{name}\""),
             Self::Count => f.write_str("counter"),
             Self::Accept => f.write_str("accept"),
+            Self::Pass => write!(f, "meta mark set {PASSED:#010x} accept"),
             Self::Drop => f.write_str("drop"),
             Self::RejectReset => f.write_str("reject with tcp reset"),
             Self::RejectPort => f.write_str("reject with icmpx port-unreachable"),

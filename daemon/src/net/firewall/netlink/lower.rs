@@ -10,7 +10,7 @@ use super::{
     timeout,
 };
 use crate::net::{
-    desired::MARK,
+    desired::{MARK, PASSED},
     firewall::rules::{Action, Family, Match, Protocol, Rule},
 };
 
@@ -64,6 +64,7 @@ fn condition(m: &Match, list: &mut Vec<Expr>) {
         Match::Iif(name) => list.extend([meta(libc::NFT_META_IIFNAME), cmp(EQUAL, &device(name))]),
         Match::Oif(name) => list.extend([meta(libc::NFT_META_OIFNAME), cmp(EQUAL, &device(name))]),
         Match::Mark => list.extend([meta(libc::NFT_META_MARK), cmp(EQUAL, &MARK.to_ne_bytes())]),
+        Match::Passed => list.extend([meta(libc::NFT_META_MARK), cmp(EQUAL, &PASSED.to_ne_bytes())]),
         Match::User(uid) => list.extend([meta(libc::NFT_META_SKUID), cmp(EQUAL, &uid.to_ne_bytes())]),
         Match::CtMark(mark) => list.extend([ct(libc::NFT_CT_MARK), cmp(EQUAL, &mark.to_ne_bytes())]),
         Match::CtReply => list.extend([ct(libc::NFT_CT_DIRECTION), cmp(EQUAL, &[CT_DIR_REPLY])]),
@@ -99,16 +100,11 @@ fn condition(m: &Match, list: &mut Vec<Expr>) {
 
 fn action(action: Action, list: &mut Vec<Expr>) {
     match action {
-        Action::SetMark => list.extend([
-            immediate(MARK),
-            Expr::new(
-                c"meta",
-                [
-                    (nf::NFTNL_EXPR_META_KEY, Value::U32(constant(libc::NFT_META_MARK))),
-                    (nf::NFTNL_EXPR_META_SREG, REGISTER),
-                ],
-            ),
-        ]),
+        Action::SetMark => list.extend(set_mark(MARK)),
+        Action::Pass => {
+            list.extend(set_mark(PASSED));
+            list.push(verdict(libc::NF_ACCEPT));
+        }
         Action::SetCtMark(mark) => list.extend([
             immediate(mark),
             Expr::new(
@@ -160,6 +156,11 @@ fn address(net: &IpNet, offset4: u32, offset6: u32, list: &mut Vec<Expr>) {
 
 fn meta(key: i32) -> Expr {
     Expr::new(c"meta", [(nf::NFTNL_EXPR_META_KEY, Value::U32(constant(key))), (nf::NFTNL_EXPR_META_DREG, REGISTER)])
+}
+
+fn set_mark(mark: u32) -> [Expr; 2] {
+    let key = (nf::NFTNL_EXPR_META_KEY, Value::U32(constant(libc::NFT_META_MARK)));
+    [immediate(mark), Expr::new(c"meta", [key, (nf::NFTNL_EXPR_META_SREG, REGISTER)])]
 }
 
 fn ct(key: i32) -> Expr {

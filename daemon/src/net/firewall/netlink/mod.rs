@@ -30,6 +30,8 @@ use super::{error::Error, rules::Ruleset};
 
 /// [`NFT_TABLE`](crate::net::desired::NFT_TABLE) for C.
 const TABLE: &CStr = c"proxyvpn";
+/// [`LOCK_TABLE`](crate::net::desired::LOCK_TABLE) for C.
+const LOCK: &CStr = c"proxyvpn-lock";
 /// Table of the probe. It is made and deleted in one transaction and so never seen.
 const PROBE: &CStr = c"proxyvpn-probe";
 
@@ -39,12 +41,14 @@ pub(super) struct Netlink {
     socket: Socket,
     /// The table belongs to this socket: nobody else can change it, and it goes when the last copy is closed.
     owner: bool,
+    /// Name of the table.
+    table: &'static CStr,
 }
 
 impl Netlink {
     /// Opens a connection to the firewall of the calling thread's network namespace.
     pub(super) fn open() -> Result<Self, Error> {
-        Socket::open().map(|socket| Self { socket, owner: false })
+        Socket::open().map(|socket| Self { socket, owner: false, table: TABLE })
     }
 
     /// The same, and tables made through it belong to it.
@@ -54,7 +58,13 @@ impl Netlink {
 
     /// The connection of an earlier process, to which its table belongs.
     pub(super) fn adopt(fd: OwnedFd) -> Result<Self, Error> {
-        Socket::adopt(fd).map(|socket| Self { socket, owner: true })
+        Socket::adopt(fd).map(|socket| Self { socket, owner: true, table: TABLE })
+    }
+
+    /// The same for the table of the lock.
+    pub(super) const fn of_lock(mut self) -> Self {
+        self.table = LOCK;
+        self
     }
 
     /// Its descriptor.
@@ -74,13 +84,13 @@ impl Netlink {
 
     /// Puts these rules in place of older ones, in one transaction, and compares what is then there.
     pub(super) fn apply(&mut self, ruleset: &Ruleset) -> Result<(), Error> {
-        let sent = self.socket.commit(replacement(ruleset, self.owner))?;
+        let sent = self.socket.commit(replacement(self.table, ruleset, self.owner))?;
         self.read_back(&sent)
     }
 
     /// Compares what is there with these rules; [`Error::Differs`] if that is not the same.
     pub(super) fn verify(&mut self, ruleset: &Ruleset) -> Result<(), Error> {
-        let (bytes, _) = replacement(ruleset, self.owner).finish();
+        let (bytes, _) = replacement(self.table, ruleset, self.owner).finish();
         let sent: Vec<Vec<u8>> = socket::messages(&bytes).map(<[u8]>::to_vec).collect();
         self.read_back(&sent)
     }
@@ -90,22 +100,22 @@ impl Netlink {
             return Err(Error::Differs("the table does not belong to the daemon".to_owned()));
         }
         let chains = self.socket.request(request::chains(ProtoFamily::Inet))?;
-        let rules = self.socket.request(request::rules(TABLE))?;
-        let objects = self.socket.request(request::objects(TABLE))?;
-        compare(sent, &chains, &rules, &objects)
+        let rules = self.socket.request(request::rules(self.table))?;
+        let objects = self.socket.request(request::objects(self.table))?;
+        compare(self.table, sent, &chains, &rules, &objects)
     }
 
     /// Removes the table; none is fine.
     pub(super) fn remove(&mut self) -> Result<(), Error> {
         let mut transaction = Transaction::default();
-        add_table(&mut transaction, TABLE, false);
-        delete_table(&mut transaction, TABLE);
+        add_table(&mut transaction, self.table, false);
+        delete_table(&mut transaction, self.table);
         self.socket.commit(transaction).map(|_| ())
     }
 
     /// Port of the netlink socket to which the table belongs, 0 if to none; `None` if there is no table.
     pub(super) fn owner_of_table(&mut self) -> Result<Option<u32>, Error> {
-        match self.socket.request(request::table(TABLE)) {
+        match self.socket.request(request::table(self.table)) {
             Ok(answer) => Ok(answer.iter().find_map(|message| table::owner(message))),
             Err(Error::Refused { source, .. }) if source.raw_os_error() == Some(Errno::NOENT.raw_os_error()) => {
                 Ok(None)
@@ -132,12 +142,12 @@ impl Netlink {
 }
 
 /// These rules in place of older ones, whether the table had an owner or not. `owned`: it belongs to the sending socket.
-fn replacement(ruleset: &Ruleset, owned: bool) -> Transaction {
+fn replacement(table: &CStr, ruleset: &Ruleset, owned: bool) -> Transaction {
     let mut transaction = Transaction::default();
-    add_table(&mut transaction, TABLE, false);
-    delete_table(&mut transaction, TABLE);
-    add_table(&mut transaction, TABLE, owned);
-    transaction.add_ruleset(&Table::new(TABLE, ProtoFamily::Inet), ruleset, true);
+    add_table(&mut transaction, table, false);
+    delete_table(&mut transaction, table);
+    add_table(&mut transaction, table, owned);
+    transaction.add_ruleset(&Table::new(table, ProtoFamily::Inet), ruleset, true);
     transaction
 }
 
@@ -153,16 +163,22 @@ fn delete_table(transaction: &mut Transaction, name: &CStr) {
 }
 
 /// Compares objects, chains and rules that are installed, expression by expression, with those that were sent.
-fn compare(sent: &[Vec<u8>], chains: &[Vec<u8>], rules: &[Vec<u8>], objects: &[Vec<u8>]) -> Result<(), Error> {
+fn compare(
+    table: &CStr,
+    sent: &[Vec<u8>],
+    chains: &[Vec<u8>],
+    rules: &[Vec<u8>],
+    objects: &[Vec<u8>],
+) -> Result<(), Error> {
     let ours = |messages: &[Vec<u8>]| -> Vec<timeout::Object> {
         let all = messages.iter().filter_map(|m| timeout::object(m));
-        all.filter(|object| object.table == TABLE.to_bytes()).collect()
+        all.filter(|object| object.table == table.to_bytes()).collect()
     };
     let (want, have) = (ours(sent), ours(objects));
     if want != have {
         return Err(Error::Differs(format!("{} objects instead of {}, or of another kind", have.len(), want.len())));
     }
-    let table = TABLE.to_string_lossy();
+    let table = table.to_string_lossy();
     let ours = |messages: &[Vec<u8>]| -> Vec<sys::Chain> {
         messages.iter().filter_map(|m| sys::chain(m)).filter(|chain| chain.table == table).collect()
     };
@@ -241,7 +257,7 @@ mod tests {
     #[test]
     fn any_difference_is_seen() {
         let sent = messages(&desired());
-        compare(&sent, &sent, &sent, &sent).unwrap();
+        compare(TABLE, &sent, &sent, &sent, &sent).unwrap();
         let mut user = desired();
         user.exceptions.users = vec![14];
         let mut net = desired();
@@ -250,13 +266,13 @@ mod tests {
         let less = Desired { inbound_replies: false, ..desired() };
         for (what, other) in [("user", user), ("net", net), ("chains", off), ("rules", less)] {
             let other = messages(&other);
-            assert!(matches!(compare(&sent, &other, &other, &sent), Err(Error::Differs(_))), "{what}");
+            assert!(matches!(compare(TABLE, &sent, &other, &other, &sent), Err(Error::Differs(_))), "{what}");
         }
-        assert!(compare(&sent, &sent, &[], &sent).is_err());
-        assert!(compare(&sent, &[], &[], &sent).is_err());
-        assert!(compare(&sent, &sent, &sent, &[]).is_err());
+        assert!(compare(TABLE, &sent, &sent, &[], &sent).is_err());
+        assert!(compare(TABLE, &sent, &[], &[], &sent).is_err());
+        assert!(compare(TABLE, &sent, &sent, &sent, &[]).is_err());
         let longer = Timeout { name: "tunnelled", time_wait: 120 };
-        assert!(compare(&sent, &sent, &sent, &[timeout::add(TABLE, &longer)]).is_err());
+        assert!(compare(TABLE, &sent, &sent, &sent, &[timeout::add(TABLE, &longer)]).is_err());
     }
 
     #[test]
@@ -286,5 +302,6 @@ mod tests {
         assert!(matches!(refused(None, 1), Error::Privilege));
         assert!(matches!(refused(Some("table"), 1), Error::Owned));
         assert_eq!(TABLE.to_str(), Ok(crate::net::desired::NFT_TABLE));
+        assert_eq!(LOCK.to_str(), Ok(crate::net::desired::LOCK_TABLE));
     }
 }
