@@ -55,11 +55,13 @@ class Shot:
         one.setblocking(False)
         return one
 
-    def tcp(self, family, address, port=None, *, device=None, source="", protocol=0):
+    def tcp(self, family, address, port=None, *, device=None, source="", protocol=0, mark=0):
         one = self.socket(family, socket.SOCK_STREAM, protocol)
         one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         # ended by a reset: nothing of it lives on
         one.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        if mark:
+            one.setsockopt(socket.SOL_SOCKET, socket.SO_MARK, mark)
         if device:
             one.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, device.encode())
         one.bind((source, plan.source_port(self.number, self.sequence)))
@@ -369,6 +371,22 @@ def _(shot):
 @probe("proxy-udp", "UDP to the proxy's address and port")
 def _(shot):
     shot.udp(V4, plan.PROXY, 8888)
+
+
+# another program's marks, and those that differ from the daemon's in a bit
+FOREIGN_MARKS = 1, plan.MARK ^ 1, plan.MARK | 1 << 31, plan.MARK & 0xFFFF
+
+
+@probe("mark-udp", "UDP with another program's mark", user="root")
+def _(shot):
+    for mark in FOREIGN_MARKS:
+        shot.udp(V4, plan.SINK4, options=[(socket.SOL_SOCKET, socket.SO_MARK, mark)])
+
+
+@probe("mark-tcp", "TCP to the proxy with another program's mark, bound to the uplink", user="root")
+def _(shot):
+    mark = FOREIGN_MARKS[shot.sequence % len(FOREIGN_MARKS)]
+    shot.each_uplink(lambda link: shot.tcp(V4, plan.PROXY, 8888, device=link["name"], mark=mark))
 
 
 # ---- raw packets
