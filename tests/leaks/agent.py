@@ -12,7 +12,6 @@ advertise  a router advertisement
 
 import contextlib
 import ctypes
-import errno
 import itertools
 import json
 import os
@@ -49,16 +48,13 @@ class Agent:
         shot.keep = self.old.get(probe.name)
         self.shots.append(shot)
         user = order["users"][probe.user]
+        os.seteuid(user)
         try:
-            os.seteuid(user)
-            probe.run(shot)
-        except BlockingIOError:
-            pass
-        except OSError as error:
-            return errno.errorcode.get(error.errno, str(error))
+            with shot.noting():
+                probe.run(shot)
         finally:
             os.seteuid(0)
-        return ""
+        return shot.errors[0] if shot.errors else ""
 
     def forget(self):
         for shot in self.shots:
@@ -178,7 +174,7 @@ class Agent:
         for link in order["uplinks"]:
             shot.frame(link, 0x88B5, order["text"].encode().ljust(46, b"\0"))
         shot.close()
-        return {}
+        return {"failed": f"{order['do']}: {shot.errors[0]}"} if shot.errors else {}
 
     def advertise(self, order):
         shot = probes.Shot(0, 0, order)
@@ -186,7 +182,7 @@ class Agent:
             packet = frames.router_advertisement(link["mac"], link["router_local"], plan.ADVERTISED_NET, 1800)
             shot.frame(link, frames.IP6, packet, to="33:33:00:00:00:01")
         shot.close()
-        return {}
+        return {"failed": f"{order['do']}: {shot.errors[0]}"} if shot.errors else {}
 
 
 def main():

@@ -46,7 +46,7 @@ class Matrix:
         self.absent = [one for one in columns if one.skipped]
         self.broken, self.lost = broken | dict(absent(self.columns)), lost
         self.rows = [one.name for one in probes.PROBES] + [wire.OTHER]
-        self.mute = {name for name in self.rows if any(self.judge(name, one) == MUTE for one in self.columns)}
+        self.mute = {one.name for one in probes.PROBES if not self.proved(one.name)}
         self.cells = {(name, one.name): self.cell(name, one) for name in self.rows for one in self.columns}
         counts = collections.Counter(self.cells.values())
         self.passed = counts[HELD] + counts[FIRED]
@@ -68,6 +68,11 @@ class Matrix:
             if not steered or name in UNSTEERED:
                 return MUTE
         return HELD if tried or (name == wire.OTHER and (column.windows or column.without_tunnel)) else NONE
+
+    def proved(self, name):
+        """Whether the probe was seen wherever the protection was off."""
+        signs = {(one.scenario.kind, self.judge(name, one)) for one in self.columns}
+        return ("anti", FIRED) in signs and not any(sign == MUTE for _, sign in signs)
 
     def cell(self, name, column):
         found = self.judge(name, column)

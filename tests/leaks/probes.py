@@ -1,10 +1,11 @@
 """The probes: each tries to get one kind of packet out of the machine under test, and marks it as its own.
 
-A probe that is refused has done its work: an OSError is noted, not reported. `agent.py` runs them; the matrix learns from `PROBES` which
+A probe that is refused has done its work: what the kernel says is noted. `agent.py` runs them; the matrix learns from `PROBES` which
 there are.
 """
 
 import contextlib
+import errno
 import socket
 import struct
 from collections import namedtuple
@@ -33,13 +34,32 @@ def by_name(name):
     return next(one for one in PROBES if one.name == name)
 
 
+def noted(action):
+    """What the kernel refuses is noted, and the rest of the probe goes on."""
+
+    def wrapped(shot, *args, **options):
+        with shot.noting():
+            action(shot, *args, **options)
+
+    return wrapped
+
+
 class Shot:
     """One firing of a probe: its marker and ports, the uplinks of now, and what must be closed afterwards."""
 
     def __init__(self, number, sequence, world):
         self.number, self.sequence = number, sequence
         self.uplinks, self.router = world.get("uplinks", []), world.get("router")
-        self.open = []
+        self.open, self.errors = [], []
+
+    @contextlib.contextmanager
+    def noting(self):
+        try:
+            yield
+        except BlockingIOError:
+            pass
+        except OSError as error:
+            self.errors.append(errno.errorcode.get(error.errno, str(error)))
 
     @property
     def token(self):
@@ -55,6 +75,7 @@ class Shot:
         one.setblocking(False)
         return one
 
+    @noted
     def tcp(self, family, address, port=None, *, device=None, source="", protocol=0, mark=0):
         one = self.socket(family, socket.SOCK_STREAM, protocol)
         one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -65,9 +86,9 @@ class Shot:
         if device:
             one.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, device.encode())
         one.bind((source, plan.source_port(self.number, self.sequence)))
-        with contextlib.suppress(BlockingIOError):
-            one.connect((address, port or self.port))
+        one.connect((address, port or self.port))
 
+    @noted
     def udp(self, family, address, port=None, data=None, *, device=None, source=None, options=()):
         one = self.socket(family, socket.SOCK_DGRAM)
         one.setsockopt(socket.SOL_SOCKET, socket.SO_BROADCAST, 1)
@@ -79,12 +100,14 @@ class Shot:
             one.bind((source, 0))
         one.sendto(self.token if data is None else data, (address, port or self.port))
 
+    @noted
     def raw(self, family, protocol, address, data, options=()):
         one = self.socket(family, socket.SOCK_RAW, protocol)
         for option in options:
             one.setsockopt(*option)
         one.sendto(data, (address, 0))
 
+    @noted
     def frame(self, link, kind, payload, bypass=False, to=None):
         one = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0)
         self.open.append(one)
@@ -94,15 +117,9 @@ class Shot:
         one.send(frames.ethernet(to or link["router_mac"], link["mac"], kind, payload))
 
     def each_uplink(self, action):
-        """On all of them; the first error is told afterwards."""
-        failure = None
         for link in self.uplinks:
-            try:
+            with self.noting():
                 action(link)
-            except OSError as error:
-                failure = failure or error
-        if failure:
-            raise failure
 
     def close(self):
         for one in self.open:
@@ -204,9 +221,13 @@ def _(shot):
     shot.each_uplink(lambda link: shot.udp(V6, "ff02::fb", 5353, frames.dns(shot.token, 0), options=[multicast6(link)]))
 
 
-@probe("llmnr", "link-local multicast name resolution, IPv4 and IPv6")
+@probe("llmnr", "link-local multicast name resolution")
 def _(shot):
     shot.each_uplink(lambda link: shot.udp(V4, "224.0.0.252", 5355, frames.dns(shot.token, 0), options=[multicast4(link)]))
+
+
+@probe("llmnr6", "the same, IPv6")
+def _(shot):
     shot.each_uplink(lambda link: shot.udp(V6, "ff02::1:3", 5355, frames.dns(shot.token, 0), options=[multicast6(link)]))
 
 
@@ -226,9 +247,13 @@ def _(shot):
     shot.each_uplink(lambda link: shot.udp(V4, "239.255.255.250", 1900, text, options=[multicast4(link)]))
 
 
-@probe("broadcast", "broadcast: limited and of the network")
+@probe("broadcast", "a limited broadcast")
 def _(shot):
     shot.each_uplink(lambda link: shot.udp(V4, "255.255.255.255", device=link["name"]))
+
+
+@probe("broadcast-net", "a broadcast to the network")
+def _(shot):
     shot.each_uplink(lambda link: shot.udp(V4, link["broadcast"]))
 
 
@@ -293,9 +318,13 @@ def _(shot):
     shot.each_uplink(lambda link: shot.tcp(V6, plan.SINK6, source=link["address6"]))
 
 
-@probe("source-udp", "UDP from the uplink's own address, IPv4 and IPv6")
+@probe("source-udp", "UDP from the uplink's own address")
 def _(shot):
     shot.each_uplink(lambda link: shot.udp(V4, plan.SINK4, source=link["address4"]))
+
+
+@probe("source-udp6", "the same, IPv6")
+def _(shot):
     shot.each_uplink(lambda link: shot.udp(V6, plan.SINK6, source=link["address6"]))
 
 
@@ -333,9 +362,13 @@ def _(shot):
     shot.tcp(V4, plan.FALSE_LAN4)
 
 
-@probe("lan-udp", "UDP to such a network, IPv4 and IPv6")
+@probe("lan-udp", "UDP to such a network")
 def _(shot):
     shot.udp(V4, plan.FALSE_LAN4)
+
+
+@probe("lan-udp6", "the same, IPv6")
+def _(shot):
     shot.udp(V6, plan.FALSE_LAN6)
 
 
@@ -374,7 +407,7 @@ def _(shot):
 
 
 # another program's marks, and those that differ from the daemon's in a bit
-FOREIGN_MARKS = 1, plan.MARK ^ 1, plan.MARK | 1 << 31, plan.MARK & 0xFFFF
+FOREIGN_MARKS = 1, plan.MARK ^ 1, plan.MARK | 1 << 27, plan.MARK & 0xFFFF
 
 
 @probe("mark-udp", "UDP with another program's mark", user="root")
@@ -406,11 +439,14 @@ def _(shot):
     shot.raw(V4, socket.IPPROTO_GRE, plan.SINK4, b"\0\0\x08\0" + shot.token)
 
 
-@probe("esp", "ESP, IPv4 and IPv6", user="root")
+@probe("esp", "ESP", user="root")
 def _(shot):
-    body = struct.pack("!II", 0x70767076, 1) + shot.token
-    shot.raw(V4, socket.IPPROTO_ESP, plan.SINK4, body)
-    shot.raw(V6, socket.IPPROTO_ESP, plan.SINK6, body)
+    shot.raw(V4, socket.IPPROTO_ESP, plan.SINK4, struct.pack("!II", 0x70767076, 1) + shot.token)
+
+
+@probe("esp6", "ESP, IPv6", user="root")
+def _(shot):
+    shot.raw(V6, socket.IPPROTO_ESP, plan.SINK6, struct.pack("!II", 0x70767076, 1) + shot.token)
 
 
 @probe("sctp", "SCTP", user="root")
@@ -424,11 +460,14 @@ def _(shot):
     shot.raw(V4, socket.IPPROTO_RAW, plan.SINK4, packet, header_included())
 
 
-@probe("fragment", "a UDP packet that the kernel must cut, IPv4 and IPv6")
+@probe("fragment", "a UDP packet that the kernel must cut")
 def _(shot):
-    data = shot.token * 170
-    shot.udp(V4, plan.SINK4, data=data, options=[(socket.IPPROTO_IP, IP_MTU_DISCOVER, IP_PMTUDISC_DONT)])
-    shot.udp(V6, plan.SINK6, data=data)
+    shot.udp(V4, plan.SINK4, data=shot.token * 170, options=[(socket.IPPROTO_IP, IP_MTU_DISCOVER, IP_PMTUDISC_DONT)])
+
+
+@probe("fragment6", "the same, IPv6")
+def _(shot):
+    shot.udp(V6, plan.SINK6, data=shot.token * 170)
 
 
 @probe("fragment-raw", "fragments by hand", user="root")

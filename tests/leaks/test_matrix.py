@@ -62,6 +62,10 @@ class Counting(unittest.TestCase):
         del self.steered.seen[UNSTEERED[0]]
         self.assertEqual(self.matrix().failed, 2)
 
+    def test_without_anti_test_nothing_counts(self):
+        got = matrix.Matrix([self.guard], {}, "")
+        self.assertEqual((got.passed, got.cells["udp", "kill"]), (1, matrix.VOID))
+
     def test_a_documented_limit_is_counted_apart(self):
         limit = next(name for name, _ in matrix.DOCUMENTED)
         self.guard.leaks = {limit: []}
