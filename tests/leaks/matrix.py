@@ -100,10 +100,10 @@ class Matrix:
             text = next((one.text for one in probes.PROBES if one.name == name), "a packet that is no probe's")
             if (where := self.with_sign(name, LEAK)):
                 packets = where[0].leaks.get(name, [])
-                print(f"LEAK     {name} ({text}) in {', '.join(one.name for one in where)}")
+                print(f"LEAK     {name} ({text}) in {self.named(name, where)}")
                 print(f"           {logs}/{where[0].name}-{name}.pcap: {len(packets)} packets, the first {shown(packets)}")
             if (where := self.with_sign(name, LIMIT)):
-                print(f"LEAKS    {name} in {', '.join(one.name for one in where)} (documented: {limit(name, where[0].name)})")
+                print(f"LEAKS    {name} in {self.named(name, where)} (documented: {limit(name, where[0].name)})")
             for one in self.with_sign(name, MUTE):
                 print(f"FAILED   {name} ({text}) in {one.name}: not seen at the far end; tries: {dict(one.tried.get(name, {}))}")
         for one in self.columns + self.absent:
@@ -116,6 +116,10 @@ class Matrix:
 
     def with_sign(self, name, sign):
         return [one for one in self.columns if self.cells[name, one.name] == sign]
+
+    def named(self, name, where):
+        tried = [one for one in self.columns if one.windows and name in one.tried]
+        return "all columns" if len(where) == len(tried) > 3 else ", ".join(one.name for one in where)
 
     def data(self):
         cells = {name: {one.name: self.describe(name, one) for one in self.columns} for name in self.rows}
