@@ -37,19 +37,21 @@ impl Network {
     /// When the present state can't be read.
     pub async fn look(&mut self, desired: &Desired) -> Result<Look, Error> {
         let mut look = Look::default();
-        let observed = self.kernel.observe().await?;
         let mut intact = self.firewall_intact().await?;
-        let devices: Vec<(u32, String)> = observed.links.iter().map(|link| (link.index, link.name.clone())).collect();
-        let moved = self.devices.replace(devices) != self.devices;
-        if !intact || moved {
-            match self.apply(Stage::Firewall, desired).await {
-                Ok(()) if intact => {}
+        if !intact {
+            match self.refill(desired).await {
                 Ok(()) => {
                     look.put_back.push("nft add table inet proxyvpn".to_owned());
                     intact = true;
                 }
                 Err(error) => look.errors.push(error),
             }
+        }
+        let observed = self.kernel.observe().await?;
+        let devices: Vec<(u32, String)> = observed.links.iter().map(|link| (link.index, link.name.clone())).collect();
+        let moved = self.devices.replace(devices) != self.devices;
+        if moved && let Err(error) = self.apply(Stage::Firewall, desired).await {
+            look.errors.push(error);
         }
         let observed = self.mend(observed, desired, &mut look).await?;
         look.findings = health::findings(&observed, desired);
@@ -89,6 +91,14 @@ impl Network {
             }
         }
         Ok(observed)
+    }
+
+    /// Puts the rules back that were installed. They are not compiled anew, because until they are back the firewall is open.
+    async fn refill(&mut self, desired: &Desired) -> Result<(), Error> {
+        match (&self.backend, self.installed.clone()) {
+            (Some(backend), Some(ruleset)) => Ok(on(backend, move |backend| backend.apply(&ruleset)).await?),
+            _ => self.apply(Stage::Firewall, desired).await,
+        }
     }
 
     /// Whether the firewall is what this process installed, as far as it can be read back.
