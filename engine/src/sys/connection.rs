@@ -117,12 +117,20 @@ impl Connection {
 
     /// Sends at most one packet; true when one was sent, so that there may be more.
     pub(crate) fn egress(&mut self, now: Instant, interface: &mut Interface, device: &mut impl Device) -> bool {
-        interface.poll_egress(now, device, &mut self.set) == PollResult::SocketStateChanged
+        let sent = interface.poll_egress(now, device, &mut self.set) == PollResult::SocketStateChanged;
+        sent && !self.is_told()
     }
 
     /// When [`egress`](Self::egress) must be called next.
     pub(crate) fn poll_at(&self, now: Instant, interface: &mut Interface) -> Option<Instant> {
-        interface.poll_at(now, &self.set)
+        let at = interface.poll_at(now, &self.set);
+        at.filter(|at| *at > now || !self.is_told())
+    }
+
+    /// All that was to be sent, with its FIN, has arrived, so that one ACK is all there can be to say. smoltcp 0.14 leaves the
+    /// probe of a closed window armed when the window stays closed up to the FIN, and then sends one ACK after the other.
+    fn is_told(&self) -> bool {
+        self.state() == State::FinWait2
     }
 
     /// TCP state.

@@ -2,7 +2,7 @@
 
 use std::io::ErrorKind;
 
-use tokio::io::AsyncReadExt;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
 use super::{v4, v6};
 use crate::packet::parse::{ACK, FIN, RST};
@@ -95,4 +95,30 @@ async fn a_new_connection_takes_the_place_of_one_whose_end_was_lost() {
     assert_eq!(old.read(&mut [0]).await.unwrap_err().kind(), ErrorKind::ConnectionReset);
     let (_far, syn_ack) = bench.accept(b"").await;
     assert_eq!(syn_ack.ack, 9001);
+}
+
+#[tokio::test]
+async fn a_window_that_stays_closed_up_to_the_fin_keeps_nobody_busy() {
+    let mut bench = Bench::new();
+    let (mut far, ours) = bench.establish(v4()).await;
+    let closed = |ack| Packets { window: 0, ..v4() }.tcp(ACK, 101, ack, &[]);
+    bench.feed(&closed(ours));
+    far.write_all(b"x").await.unwrap();
+    far.shutdown().await.unwrap();
+    for _ in 0..20 {
+        tokio::time::sleep(std::time::Duration::from_millis(1)).await;
+        bench.turn();
+    }
+    bench.later(3);
+    let probe = bench.device.take_tcp().pop().unwrap();
+    assert_eq!((probe.flags, probe.payload.as_slice()), (FIN | ACK, &b"x"[..]));
+    bench.feed(&closed(ours + 2));
+    bench.turn();
+    assert_eq!(bench.flows(), ["FIN-WAIT-2"]);
+    bench.later(30);
+    assert!(bench.device.take_tcp().len() <= 1);
+    assert!(bench.shard.next_deadline().unwrap() > bench.now, "nothing is due again and again");
+    bench.feed(&v4().tcp(FIN | ACK, 101, ours + 2, &[]));
+    bench.turn();
+    assert_eq!(far.read(&mut [0]).await.unwrap(), 0);
 }
