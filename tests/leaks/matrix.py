@@ -9,7 +9,6 @@ from scenarios import STEERED, UNSTEERED
 
 # What is known and documented as a limit, by (probe, column); "*" is any. It is shown and counted apart, never silent.
 DOCUMENTED = {
-    ("old-listener", "*"): "a connection of before, from a port on which the machine listens, is taken for one from outside",
     ("dhcp-shaped", "*"): "DHCP's ports, which need root, may be used towards any address",
 }
 HELD, LEAK, LIMIT, FIRED, MUTE, NONE, VOID = "·", "L", "d", "!", "X", "-", "?"

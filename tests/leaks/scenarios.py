@@ -76,11 +76,73 @@ def _(world):
 
 # ---- states
 
-@column("lockdown", "disconnected with lockdown on")
-def _(world):
+@contextlib.contextmanager
+def locked(world):
+    """Disconnected, with lockdown on; without systemd the lock is a plain table."""
     if "lockdown" not in world.lab.proxyctl("--help"):
         raise Skipped("this proxyctl has no lockdown")
-    raise Skipped("not in this matrix yet")
+    world.disconnected()
+    world.lab.alice("sh", "-c", f"""printf 'backend = "proxy"\\n[upstream]\\nurl = "{PROXY_URL}"\\n' >locked.toml""")
+    world.lab.proxyctl("profile", "import", "locked.toml", "--replace")
+    world.lab.proxyctl("connect", "locked")
+    world.disconnected()
+    world.lab.proxyctl("lockdown", "on")
+    try:
+        yield
+    finally:
+        world.lab.proxyctl("lockdown", "off")
+
+
+def acting(world, *arguments):
+    return world.lab.background("app", "alice", "proxyctl", *arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
+@column("lockdown", "lockdown: disconnected, connecting from the first step on, connected, disconnecting to the last, without a daemon")
+def _(world):
+    with locked(world), world.guarded(), world.stream():
+        world.fire(3)
+        with acting(world, "connect", "locked") as action:
+            world.slowly(action, lambda: True)
+        world.await_state("connected")
+        world.fire()
+        with acting(world, "disconnect") as action:
+            world.slowly(action, lambda: True)
+        world.await_state("disconnected")
+        world.fire()
+        world.lab.daemon_stop("KILL")
+        world.fire()
+        world.restart()
+        world.fire()
+
+
+@column("lockdown-kept", "lockdown whose lock is kept by systemd: the firewall flushed and deleted, the daemon killed, and stopped for good")
+def _(world):
+    hold = f"{ROOT}/scripts/lab-hold.py", f"{world.lab.dir}/lock"
+    power = "-all,+net_admin"
+    user = "setpriv", "--reuid", "proxyvpn", "--regid", "proxyvpn", "--clear-groups", "--no-new-privs", *(
+        f"--{kind}={power}" for kind in ("inh-caps", "ambient-caps", "bounding-set"))
+    program = f"{world.lab.stage}/usr/libexec/proxyvpn/proxyvpnd"
+    with locked(world):
+        world.lab.app(PYTHON, hold[0], "start", hold[1], f"{world.lab.dir}/logs/lock.log", "15", *user, program, "--lock")
+        try:
+            with world.guarded(), world.stream():
+                world.fire()
+                world.shell("app", "nft flush ruleset")
+                world.fire()
+                for table in "inet proxyvpn-lock", "inet proxyvpn":
+                    world.shell("app", f"nft delete table {table}", check=False)
+                world.fire()
+                world.lab.proxyctl("connect", "locked")
+                world.fire()
+                world.lab.daemon_stop("KILL")
+                world.shell("app", "nft flush ruleset")
+                world.fire()
+                world.lab.daemon_stop("TERM")
+                world.fire()
+                world.restart()
+                world.fire()
+        finally:
+            world.lab.app(PYTHON, hold[0], "end", hold[1])
 
 
 @column("connecting", "connecting, step by step: from the phase behind apply-firewall on")
@@ -96,16 +158,12 @@ def _(world):
             reached[phase] |= f'phase="{phase}"' in log
         return any(reached.values())
 
-    with connecting(world) as action:
+    with acting(world, "connect", "--proxy-url", PROXY_URL) as action:
         guarded = world.slowly(action, in_force)
     expect(action.returncode == 0, "connect failed")
     expect(guarded, "no step was met behind apply-firewall")
     with world.guarded():
         world.fire()
-
-
-def connecting(world):
-    return world.lab.background("app", "alice", "proxyctl", "connect", "--proxy-url", PROXY_URL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
 @column("connected", "connected")
@@ -122,7 +180,7 @@ def _(world):
 @column("reconnecting", "proxyctl reconnect, step by step")
 def _(world):
     world.connected()
-    with world.lab.background("app", "alice", "proxyctl", "reconnect", stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as action:
+    with acting(world, "reconnect") as action:
         guarded = world.slowly(action, lambda: True)
     expect(guarded, "reconnect was over before its first step")
     world.await_state("connected")
@@ -143,7 +201,7 @@ def _(world):
     world.connected()
     world.lab.service("stop", "tinyproxy")
     with silent_proxy(world), world.guarded():
-        with world.lab.background("app", "alice", "proxyctl", "reconnect", stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL):
+        with acting(world, "reconnect"):
             world.await_state("connecting", "blocked")
             for _ in range(3):
                 world.fire()
@@ -164,7 +222,7 @@ def _(world):
     with world.guarded(), world.stream():
         world.lab.service("stop", "tinyproxy")
         world.fire()
-        with world.lab.background("app", "alice", "proxyctl", "reconnect", stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL):
+        with acting(world, "reconnect"):
             world.await_state("blocked")
         world.fire(3)
     world.lab.service("start", "tinyproxy", 8888)
@@ -203,7 +261,7 @@ def _(world):
 @column("disconnecting", "proxyctl disconnect, step by step: while the firewall is there")
 def _(world):
     world.connected()
-    with world.lab.background("app", "alice", "proxyctl", "disconnect", stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as action:
+    with acting(world, "disconnect") as action:
         guarded = world.slowly(action, lambda: protected_by_the_kernel(world))
     expect(guarded, "disconnect was over before its first step")
     world.await_state("disconnected")
