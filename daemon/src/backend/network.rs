@@ -4,9 +4,9 @@ use std::net::IpAddr;
 
 use proxyvpn_dbus::ReasonCode;
 
-use crate::config::profile::{Backend, Profile};
+use crate::config::profile::{Backend, ForwardSpec, Profile};
 use crate::machine::Failure;
-use crate::net::desired::{Desired, Exceptions, Locked, Tunnel};
+use crate::net::desired::{Desired, Exceptions, Forward, Locked, Tunnel};
 use crate::net::{self, Cut, firewall};
 use crate::resolvers::{self, Resolvers};
 
@@ -36,6 +36,11 @@ fn wanted(profile: &Profile) -> (Desired, Resolvers) {
         killswitch: profile.protect.killswitch,
         inbound_replies: profile.protect.inbound_replies,
         locked: Locked::No,
+        forward: match profile.protect.forward {
+            ForwardSpec::Block => Forward::Block,
+            ForwardSpec::Tunnel => Forward::Tunnel,
+        },
+        iptables_fallback: profile.protect.iptables_fallback,
     };
     (desired, resolvers)
 }
@@ -53,6 +58,8 @@ pub(super) fn closed() -> Desired {
         exceptions: Exceptions::default(),
         killswitch: true,
         inbound_replies: true,
+        forward: Forward::Block,
+        iptables_fallback: true,
         locked: Locked::No,
     }
 }

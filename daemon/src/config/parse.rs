@@ -6,7 +6,9 @@ use std::path::PathBuf;
 use toml::Spanned;
 
 use super::error::{ConfigError, Rejected, Source};
-use super::profile::{Backend, DnsSpec, PasswordSource, Profile, ProtectSpec, Scheme, TunSpec, UpstreamSpec};
+use super::profile::{
+    Backend, DnsSpec, ForwardSpec, PasswordSource, Profile, ProtectSpec, Scheme, TunSpec, UpstreamSpec,
+};
 use super::raw::{self, Text};
 use super::{check, secret, url};
 
@@ -190,12 +192,14 @@ impl Reader<'_> {
     }
 
     fn protect(&self, raw: &raw::Protect) -> Result<ProtectSpec, ConfigError> {
-        self.one_of(raw.forward.as_ref(), "forward", &[("block", Some(())), ("tunnel", None)], ())?;
         let default = ProtectSpec::default();
+        let forward = [("block", Some(ForwardSpec::Block)), ("tunnel", Some(ForwardSpec::Tunnel))];
         Ok(ProtectSpec {
             killswitch: raw.killswitch.unwrap_or(default.killswitch),
             inbound_replies: raw.inbound_replies.unwrap_or(default.inbound_replies),
             lan: self.list(&raw.lan, "lan", check::MAX_LAN, |text| check::lan(text))?,
+            forward: self.one_of(raw.forward.as_ref(), "forward", &forward, default.forward)?,
+            iptables_fallback: raw.iptables_fallback.unwrap_or(default.iptables_fallback),
         })
     }
 }

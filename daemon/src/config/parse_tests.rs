@@ -32,6 +32,7 @@ killswitch = true
 inbound-replies = true
 lan = []
 forward = "block"
+iptables-fallback = false
 [bypass]
 users = []
 "#;
@@ -60,6 +61,8 @@ servers = ["192.0.2.53"]
 killswitch = false
 inbound-replies = false
 lan = ["192.168.0.0/16"]
+forward = "tunnel"
+iptables-fallback = true
 [bypass]
 users = ["daemon", 54321]
 "#,
@@ -78,6 +81,7 @@ users = ["daemon", 54321]
     assert_eq!(profile.dns.servers.len(), 1);
     assert_eq!((profile.protect.killswitch, profile.protect.inbound_replies), (false, false));
     assert_eq!(profile.protect.lan.len(), 1);
+    assert_eq!((profile.protect.forward, profile.protect.iptables_fallback), (ForwardSpec::Tunnel, true));
     assert_eq!((profile.bypass_users.len(), profile.bypass_users[1]), (2, 54321));
 }
 
@@ -129,7 +133,7 @@ fn an_error_names_file_line_and_column_and_what_to_do() {
         ("[upstream]\nurl = \"http://p:1\"\n[dns]\nmode = \"x\"\n", "4:8", "is no mode"),
         ("[upstream]\nurl = \"http://p:1\"\n[dns]\nservers = [\"dns\"]\n", "4:12", "not an IP address"),
         ("[upstream]\nurl = \"http://p:1\"\n[protect]\nkillswich = true\n", "4:1", "unknown key `killswich`"),
-        ("[upstream]\nurl = \"http://p:1\"\n[protect]\nforward = \"tunnel\"\n", "4:11", "not in this version"),
+        ("[upstream]\nurl = \"http://p:1\"\n[protect]\nforward = \"all\"\n", "4:11", "use \"block\" or \"tunnel\""),
         ("[upstream]\nurl = \"http://p:1\"\n[protect]\nlan = [\"0.0.0.0/0\"]\n", "4:8", "not a local network"),
         ("[upstream]\nurl = \"http://p:1\"\n[bypass]\nusers = [\"root\"]\n", "4:10", "root cannot"),
         ("[upstream]\nurl = \"http://p:1\"\n[bypass]\nusers = [0]\n", "4:10", "root cannot"),

@@ -125,10 +125,32 @@ pub struct ProtectSpec {
     pub inbound_replies: bool,
     /// Prefixes that go around the tunnel.
     pub lan: Vec<IpNet>,
+    /// What becomes of traffic that this machine forwards. A record of an older version has none.
+    #[serde(default)]
+    pub forward: ForwardSpec,
+    /// Whether iptables may be used where the kernel has no nf_tables.
+    #[serde(default)]
+    pub iptables_fallback: bool,
+}
+
+/// `[protect] forward`.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum ForwardSpec {
+    /// Nothing is forwarded.
+    #[default]
+    Block,
+    /// TCP goes through the tunnel, DNS to the resolvers; the rest is refused.
+    Tunnel,
 }
 
 impl Default for ProtectSpec {
     fn default() -> Self {
-        Self { killswitch: true, inbound_replies: true, lan: Vec::new() }
+        Self {
+            killswitch: true,
+            inbound_replies: true,
+            lan: Vec::new(),
+            forward: ForwardSpec::Block,
+            iptables_fallback: false,
+        }
     }
 }

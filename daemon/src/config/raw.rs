@@ -52,6 +52,7 @@ pub(super) struct Protect {
     pub(super) inbound_replies: Option<bool>,
     pub(super) lan: Vec<Text>,
     pub(super) forward: Option<Text>,
+    pub(super) iptables_fallback: Option<bool>,
 }
 
 #[derive(Debug, Default, Deserialize)]

@@ -38,7 +38,7 @@ pub(super) fn profile() -> Profile {
             mtu: 65535,
         },
         dns: DnsSpec { servers: Vec::new() },
-        protect: ProtectSpec { killswitch: true, inbound_replies: true, lan: Vec::new() },
+        protect: ProtectSpec::default(),
         bypass_users: Vec::new(),
     }
 }

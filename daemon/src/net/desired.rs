@@ -37,6 +37,27 @@ pub struct Desired {
     pub inbound_replies: bool,
     /// Whether there is a lock beside our table.
     pub locked: Locked,
+    /// What becomes of traffic that this machine forwards.
+    pub forward: Forward,
+    /// The firewall may be applied through iptables where the kernel has no nf_tables.
+    pub iptables_fallback: bool,
+}
+
+impl Desired {
+    /// Whether forwarded TCP goes into the tunnel and comes back.
+    #[must_use]
+    pub fn forwards(&self) -> bool {
+        self.tunnel.is_some() && (self.forward == Forward::Tunnel || !self.killswitch)
+    }
+}
+
+/// What becomes of traffic that this machine forwards, as of containers and virtual machines, while the kill switch is on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Forward {
+    /// Nothing is forwarded.
+    Block,
+    /// TCP goes into the tunnel, DNS to the listed resolvers; the rest is refused.
+    Tunnel,
 }
 
 /// Whether there is a lock beside our table, by which nothing leaves that is not ours.

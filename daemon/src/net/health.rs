@@ -4,7 +4,7 @@ use std::net::IpAddr;
 
 use ipnet::IpNet;
 
-use super::desired::{Desired, RULE_PRIORITIES, RULE_PRIORITY, TABLE};
+use super::desired::{Desired, Forward, RULE_PRIORITIES, RULE_PRIORITY, TABLE};
 use super::observed::{Address, Hop, Link, MainRoute, Observed};
 use super::plan;
 use super::step::{Action, Family, Layer, Stage, Step};
@@ -106,8 +106,8 @@ pub(super) fn findings(observed: &Observed, desired: &Desired) -> Vec<Finding> {
         find("reverse-path-filter", Severity::Warning, text);
     }
     let forwarding = |link: &&Link| link.forwarding && !link.loopback && !link.ours;
-    if desired.killswitch && observed.links.iter().any(|link| forwarding(&link)) {
-        let text = "This machine forwards traffic, for example of containers or virtual machines; it is blocked while connected.";
+    if desired.killswitch && desired.forward == Forward::Block && observed.links.iter().any(|link| forwarding(&link)) {
+        let text = "This machine forwards traffic, for example of containers or virtual machines; it is blocked while connected. forward = \"tunnel\" in the profile lets its TCP through the proxy.";
         find("forwarding-blocked", Severity::Info, text.to_owned());
     }
     findings

@@ -4,7 +4,7 @@ use std::net::IpAddr;
 
 use super::desired::Desired;
 use super::health::{self, Finding};
-use super::network::{Network, ROUNDS, on};
+use super::network::{Network, ROUNDS, devices, on};
 use super::observed::Observed;
 use super::step::{Action, Change, Stage, Step};
 use super::way::{self, Way};
@@ -48,8 +48,9 @@ impl Network {
             }
         }
         let observed = self.kernel.observe().await?;
-        let devices: Vec<(u32, String)> = observed.links.iter().map(|link| (link.index, link.name.clone())).collect();
-        let moved = self.devices.replace(devices) != self.devices;
+        let devices = devices(&observed, desired);
+        let moved = self.devices.as_ref() != Some(&devices);
+        self.devices = Some(devices);
         if moved && let Err(error) = self.apply(Stage::Firewall, desired).await {
             look.errors.push(error);
         }

@@ -13,6 +13,7 @@
 //! - [`Watch`]: when somebody changes the network
 //! - [`Look`]: what others changed, put back
 //! - [`Way`]: how the upstream is reached
+//! - [`Devices`]: which devices lead out of this machine
 //! - [`Finding`]: whether what was applied is still there
 //! - `diag`: the kernel's table of sockets over sock_diag(7)
 //! - [`SocketOwners`]: whose a connection of this machine is
@@ -23,6 +24,7 @@
 
 mod cut;
 pub mod desired;
+mod devices;
 mod diag;
 mod error;
 pub mod firewall;
@@ -45,6 +47,7 @@ mod tun;
 mod watch;
 mod way;
 
+pub use devices::Devices;
 pub use error::Error;
 use firewall::Backend;
 pub use health::{Finding, Severity};

@@ -6,7 +6,8 @@ use std::net::{IpAddr, SocketAddr};
 use std::os::fd::OwnedFd;
 use std::path::Path;
 
-use super::desired::{Desired, Exceptions, Locked, Tunnel};
+use super::desired::{Desired, Exceptions, Forward, Locked, Tunnel};
+use super::devices::Devices;
 use super::firewall::{self, Backend, MAX_SESSIONS, Ruleset};
 use super::health::{self, Finding};
 use super::journal::Journal;
@@ -28,8 +29,10 @@ pub struct Network {
     keeping: Keeping,
     /// What this process installed.
     pub(super) installed: Option<Ruleset>,
-    /// The devices that were there at the last look.
-    pub(super) devices: Option<Vec<(u32, String)>>,
+    /// Those of the last look.
+    pub(super) devices: Option<Devices>,
+    /// Connections from outside that were open before the first rules; later ones have a mark.
+    sessions: Option<Vec<(SocketAddr, SocketAddr)>>,
     /// Addresses of the tunnels that this process made since the last clean-up.
     tunnelled: HashSet<IpAddr>,
 }
@@ -59,8 +62,8 @@ impl Network {
     /// [`Error::Connect`]. A missing firewall is not an error here but in [`preflight`](Self::preflight).
     pub async fn open(state_dir: &Path, keeping: Keeping) -> Result<Self, Error> {
         let (kernel, journal) = (Kernel::connect()?, Journal::open(state_dir));
-        let (installed, devices, tunnelled) = (None, None, HashSet::new());
-        let mut network = Self { kernel, journal, backend: None, keeping, installed, devices, tunnelled };
+        let (installed, devices, sessions, tunnelled) = (None, None, None, HashSet::new());
+        let mut network = Self { kernel, journal, backend: None, keeping, installed, devices, sessions, tunnelled };
         if let Err(error) = network.backend().await {
             tracing::warn!(error = &error as &dyn std::error::Error, "no firewall");
         }
@@ -104,8 +107,9 @@ impl Network {
         preflight::privilege()?;
         preflight::tun()?;
         preflight::free(&self.kernel.observe().await?, desired)?;
-        if self.backend.is_none() {
-            blocking(Backend::choose).await?;
+        match &self.backend {
+            Some(backend) => backend.permitted(desired)?,
+            None => blocking(Backend::choose).await?.permitted(desired)?,
         }
         Ok(())
     }
@@ -127,7 +131,7 @@ impl Network {
         let observed = self.kernel.observe().await?;
         let steps = plan::plan(&observed, desired);
         let (tunnel, routes): (Vec<_>, Vec<_>) = steps.into_iter().partition(|step| step.stage() == Stage::Tunnel);
-        let ruleset = firewall::compile(desired, &sessions(&observed, desired).await);
+        let ruleset = self.ruleset(&observed, desired, &devices(&observed, desired)).await;
         let mut firewall = vec![];
         if !self.is_installed(&ruleset).await? {
             let line = |line| Step { action: Action::Add, change: Change::Firewall(line) };
@@ -160,6 +164,8 @@ impl Network {
             killswitch: false,
             inbound_replies: false,
             locked: Locked::No,
+            forward: Forward::Block,
+            iptables_fallback: false,
         };
         let made = match self.kernel.create(tunnel, queues).await {
             // When this fails the descriptors are closed, and the device goes with them.
@@ -238,22 +244,60 @@ impl Network {
         complete
     }
 
-    async fn apply_firewall(&mut self, desired: &Desired) -> Result<(), Error> {
-        let ruleset = firewall::compile(desired, &sessions(&self.kernel.observe().await?, desired).await);
-        if self.is_installed(&ruleset).await? {
-            return Ok(());
+    /// The rules for these devices.
+    async fn ruleset(&self, observed: &Observed, desired: &Desired, devices: &Devices) -> Ruleset {
+        match &self.sessions {
+            Some(sessions) => firewall::compile(desired, sessions, devices),
+            None => firewall::compile(desired, &sessions(observed, desired).await, devices),
         }
+    }
+
+    async fn apply_firewall(&mut self, desired: &Desired) -> Result<(), Error> {
+        let mut failed: Option<(Ruleset, Error)> = None;
+        for round in 0..=ROUNDS {
+            let observed = self.kernel.observe().await?;
+            if self.sessions.is_none() && desired.inbound_replies {
+                self.sessions = Some(sessions(&observed, desired).await);
+            }
+            let mut devices = devices(&observed, desired);
+            if round == ROUNDS {
+                // Devices come and go all the time, and the kernel takes no chain for one that is gone.
+                devices.uplinks.clear();
+            }
+            let ruleset = self.ruleset(&observed, desired, &devices).await;
+            match failed {
+                Some((tried, error)) if tried == ruleset => return Err(error),
+                _ => {}
+            }
+            if self.is_installed(&ruleset).await? {
+                return Ok(());
+            }
+            match self.install(&ruleset).await {
+                Ok(()) => return Ok(()),
+                Err(error) => failed = Some((ruleset, error)),
+            }
+        }
+        failed.map_or(Ok(()), |(_, error)| Err(error))
+    }
+
+    async fn install(&mut self, ruleset: &Ruleset) -> Result<(), Error> {
         let backend = self.backend().await?;
         let there = on(&backend, Backend::present).await?;
         let before = self.journal.begin(["nft remove table inet proxyvpn".to_owned()])?;
         let wanted = ruleset.clone();
         let Err(error) = on(&backend, move |backend| backend.apply(&wanted)).await else {
-            self.installed = Some(ruleset);
+            self.installed = Some(ruleset.clone());
             return Ok(());
         };
         // One that an earlier run left is better than none.
         let undone = match (self.installed.clone(), there) {
-            (Some(previous), true) => on(&backend, move |backend| backend.apply(&previous)).await,
+            (Some(previous), true) => {
+                let put_back = move |backend: &Backend| match backend.holds(&previous) {
+                    Ok(true) => Ok(()),
+                    _ => backend.apply(&previous),
+                };
+                on(&backend, put_back).await
+            }
             (_, true) => Ok(()),
             (_, false) => on(&backend, Backend::remove).await,
         };
@@ -341,6 +385,7 @@ impl Network {
                     result.removed.push("nft remove table inet proxyvpn".to_owned());
                 }
                 self.installed = None;
+                self.sessions = None;
             }
             Err(firewall::Error::Owned) if owned == Owned::Expected => {}
             Err(error) => result.errors.push(error.into()),
@@ -416,6 +461,11 @@ fn not_ended(error: &(dyn std::error::Error + 'static)) {
     tracing::warn!(error, "connections from before cannot be ended; each is cut when its program sends next");
 }
 
+/// The devices of this machine.
+pub(super) fn devices(observed: &Observed, desired: &Desired) -> Devices {
+    Devices::of(observed, desired.tunnel.as_ref().map(|tunnel| tunnel.name.as_str()))
+}
+
 async fn sessions(observed: &Observed, desired: &Desired) -> Vec<(SocketAddr, SocketAddr)> {
     if desired.inbound_replies { inbound_sessions(observed).await } else { vec![] }
 }
@@ -440,7 +490,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_slow_firewall_does_not_stop_the_loop() {
-        let backend = Backend::Nft("/usr/sbin/nft".into(), firewall::Timeouts::Ours);
+        let backend = Backend::Nft("/usr/sbin/nft".into(), firewall::Abilities::ALL);
         let (release, wait) = std::sync::mpsc::channel();
         // Ends only when the loop goes on meanwhile.
         let slow = on(&backend, move |_| {

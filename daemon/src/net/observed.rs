@@ -34,6 +34,11 @@ pub(super) struct Link {
     pub(super) name: String,
     /// A TUN device that carries our alias.
     pub(super) ours: bool,
+    pub(super) kind: Kind,
+    /// Index of the bridge or bond that it belongs to.
+    pub(super) master: Option<u32>,
+    /// Frames of its type can carry IP.
+    pub(super) carries_ip: bool,
     pub(super) loopback: bool,
     pub(super) up: bool,
     /// Has a cable, a base station or the like.
@@ -52,6 +57,17 @@ pub(super) struct Link {
     pub(super) ipv6: bool,
     /// Forwards IPv4.
     pub(super) forwarding: bool,
+}
+
+/// What a device is, as far as it matters to us (`IFLA_INFO_KIND`).
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(super) enum Kind {
+    Bridge,
+    Veth,
+    /// TUN or TAP.
+    Tun,
+    #[default]
+    Other,
 }
 
 /// Reverse-path filtering (RFC 3704) as in the kernel's ip-sysctl documentation.

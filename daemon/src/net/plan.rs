@@ -113,6 +113,7 @@ fn rules(observed: &Observed, desired: &Desired) -> Vec<Rule> {
         family,
         priority: RULE_PRIORITY + priority,
         mark: None,
+        device: None,
         to: None,
         users: None,
         protocol: None,
@@ -136,6 +137,11 @@ fn rules(observed: &Observed, desired: &Desired) -> Vec<Rule> {
                     rules.push(Rule { to, protocol, ports: Some((53, 53)), ..any(family, 3) });
                 }
             }
+        }
+        if let Some(tunnel) = desired.tunnel.as_ref().filter(|_| desired.forwards()) {
+            // What comes back for those behind this machine. Strict reverse-path filtering asks for the way to them from
+            // here too (fib_validate_source).
+            rules.push(Rule { device: Some(tunnel.name.clone()), ..any(family, 4) });
         }
         // Where the main table has no way for the daemon's own connections, the tunnel is none: they would come back to it.
         let marked = Some((MARK, u32::MAX));
@@ -194,7 +200,8 @@ const fn remove(change: Change) -> Step {
 #[cfg(test)]
 #[allow(clippy::unwrap_used, clippy::panic, reason = "tests")]
 pub(super) mod tests {
-    use super::super::observed::{Address, Link};
+    use super::super::desired::Forward;
+    use super::super::observed::{Address, Kind, Link};
     use super::*;
 
     pub(in crate::net) fn link(index: u32, name: &str, rp_filter: u32, src_valid_mark: u32) -> Link {
@@ -202,6 +209,9 @@ pub(super) mod tests {
             index,
             name: name.to_owned(),
             ours: false,
+            kind: Kind::Other,
+            master: None,
+            carries_ip: true,
             loopback: name == "lo",
             up: true,
             carrier: true,
@@ -236,6 +246,8 @@ pub(super) mod tests {
             killswitch: true,
             inbound_replies: true,
             locked: Locked::No,
+            forward: Forward::Block,
+            iptables_fallback: false,
         }
     }
 
@@ -335,13 +347,19 @@ rule add -6 priority 3731 ipproto tcp lookup 7376750 protocol 112
     #[test]
     fn differences() {
         type Edit = fn(&mut Observed, &mut Desired);
-        let cases: [(&str, Edit, &str); 9] = [
+        let cases: [(&str, Edit, &str); 10] = [
             ("nothing", |_, _| {}, ""),
             (
                 "the tunnel goes, traffic is refused",
                 |_, desired| desired.tunnel = None,
                 "route remove default dev pvpn0 table 7376750 proto 112 metric 1\n\
                  route remove -6 default dev pvpn0 table 7376750 proto 112 metric 1\n",
+            ),
+            (
+                "forwarded TCP goes into the tunnel and comes back",
+                |_, desired| desired.forward = Forward::Tunnel,
+                "rule add priority 3704 iif pvpn0 lookup main protocol 112\n\
+                 rule add -6 priority 3704 iif pvpn0 lookup main protocol 112\n",
             ),
             (
                 "a change adds before it removes",

@@ -23,7 +23,7 @@ use rtnetlink::proto::Connection;
 use rtnetlink::sys::AsyncSocket as _;
 
 use super::desired::{ROUTE_PROTOCOL, RULE_PRIORITIES, RULE_PRIORITY, TABLE};
-use super::observed::{Address, Hop, Link, MainRoute, SourceValidation};
+use super::observed::{Address, Hop, Kind, Link, MainRoute, SourceValidation};
 use super::plan::MAIN;
 use super::step::{Family, Route, Rule, Target, Verdict};
 
@@ -33,6 +33,10 @@ pub(super) const ALIAS: &str = "proxyvpn";
 const INET_CONF: u16 = 1 | 1 << 15;
 /// `IPV4_DEVCONF_SRC_VMARK` (linux/ip.h).
 const SRC_VMARK: u16 = 24;
+
+/// Types of devices whose frames are no IP packets and never become any: CAN, monitors of netlink and of virtual sockets,
+/// IEEE 802.15.4 (`ARPHRD_*`, linux/if_arp.h).
+const WITHOUT_IP: [u16; 5] = [280, 804, 805, 824, 826];
 
 /// How long the kernel may take for one request: it answers in microseconds, or waits for a driver.
 const TIMEOUT: Duration = Duration::from_secs(20);
@@ -169,6 +173,9 @@ pub(super) fn rule_message(rule: &Rule) -> RuleMessage {
         attributes.push(RuleAttribute::FwMark(mark));
         attributes.push(RuleAttribute::FwMask(mask));
     }
+    if let Some(device) = &rule.device {
+        attributes.push(RuleAttribute::Iifname(device.clone()));
+    }
     if let Some(net) = rule.to {
         message.header.dst_len = net.prefix_len();
         attributes.push(RuleAttribute::Destination(net.addr()));
@@ -191,6 +198,7 @@ pub(super) fn parse_rule(message: &RuleMessage) -> Option<(u32, Option<Rule>)> {
         family: family(message.header.family)?,
         priority: 0,
         mark: None,
+        device: None,
         to: None,
         users: None,
         protocol: None,
@@ -206,6 +214,7 @@ pub(super) fn parse_rule(message: &RuleMessage) -> Option<(u32, Option<Rule>)> {
             RuleAttribute::Protocol(value) => owner = Some(u8::from(*value)),
             RuleAttribute::FwMark(value) => mark = Some(*value),
             RuleAttribute::FwMask(value) => mask = *value,
+            RuleAttribute::Iifname(name) => rule.device = Some(name.clone()),
             RuleAttribute::Destination(value) => rule.to = IpNet::new(*value, message.header.dst_len).ok(),
             RuleAttribute::UidRange(range) => rule.users = Some((range.start, range.end)),
             RuleAttribute::IpProtocol(value) => rule.protocol = u8::try_from(i32::from(*value)).ok(),
@@ -371,6 +380,9 @@ pub(super) fn parse_link(message: &LinkMessage) -> Link {
         index: message.header.index,
         name: String::new(),
         ours: false,
+        kind: Kind::Other,
+        master: None,
+        carries_ip: !WITHOUT_IP.contains(&u16::from(message.header.link_layer_type)),
         loopback: flag(LinkFlags::Loopback),
         up: flag(LinkFlags::Up),
         carrier: flag(LinkFlags::LowerUp),
@@ -382,20 +394,32 @@ pub(super) fn parse_link(message: &LinkMessage) -> Link {
         ipv6: false,
         forwarding: false,
     };
-    let (mut tun, mut alias) = (false, false);
+    let mut alias = false;
     for attribute in &message.attributes {
         match attribute {
             LinkAttribute::IfName(name) => link.name.clone_from(name),
             LinkAttribute::IfAlias(text) => alias = text == ALIAS,
             LinkAttribute::Mtu(mtu) => link.mtu = *mtu,
             LinkAttribute::TxQueueLen(length) => link.queue = *length,
-            LinkAttribute::LinkInfo(infos) => tun = infos.contains(&LinkInfo::Kind(InfoKind::Tun)),
+            LinkAttribute::Controller(index) => link.master = Some(*index).filter(|index| *index > 0),
+            LinkAttribute::LinkInfo(infos) => {
+                link.kind = infos.iter().map(kind).find(|k| *k != Kind::Other).unwrap_or_default()
+            }
             LinkAttribute::AfSpecUnspec(specs) => specs.iter().for_each(|spec| parse_spec(spec, &mut link)),
             _ => {}
         }
     }
-    link.ours = tun && alias;
+    link.ours = link.kind == Kind::Tun && alias;
     link
+}
+
+fn kind(info: &LinkInfo) -> Kind {
+    match info {
+        LinkInfo::Kind(InfoKind::Bridge) => Kind::Bridge,
+        LinkInfo::Kind(InfoKind::Veth) => Kind::Veth,
+        LinkInfo::Kind(InfoKind::Tun) => Kind::Tun,
+        _ => Kind::Other,
+    }
 }
 
 fn parse_spec(spec: &AfSpecUnspec, link: &mut Link) {

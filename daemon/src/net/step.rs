@@ -130,6 +130,8 @@ pub(super) struct Rule {
     pub(super) priority: u32,
     /// Mark and mask.
     pub(super) mark: Option<(u32, u32)>,
+    /// The device that it came in by.
+    pub(super) device: Option<String>,
     pub(super) to: Option<IpNet>,
     /// First and last user id.
     pub(super) users: Option<(u32, u32)>,
@@ -274,6 +276,9 @@ impl fmt::Display for Rule {
         write!(f, "{}priority {}", self.family.option(), self.priority)?;
         if let Some((mark, mask)) = self.mark {
             write!(f, " fwmark {mark:#x}/{mask:#x}")?;
+        }
+        if let Some(device) = &self.device {
+            write!(f, " iif {device}")?;
         }
         if let Some(net) = self.to {
             write!(f, " to {net}")?;

@@ -1,6 +1,6 @@
 //! Which backend is chosen, by whom.
 
-use proxyvpnd::net::firewall::{Backend, Error, Timeouts, compile};
+use proxyvpnd::net::firewall::{Abilities, Backend, Error, compile};
 use rustix::{
     process::Uid,
     thread::{
@@ -9,7 +9,7 @@ use rustix::{
 };
 
 use crate::state::NFTNL;
-use crate::world::{World, desired, opted_in, sh};
+use crate::world::{World, desired, devices, opted_in, sh};
 
 fn only(capability: CapabilitySet) {
     let sets = CapabilitySets { effective: capability, permitted: capability, inheritable: CapabilitySet::empty() };
@@ -37,7 +37,7 @@ fn the_capability_is_enough_and_nothing_is_left() {
         let many: Vec<_> = (1..=1024)
             .map(|port| ("192.0.2.1:22".parse().unwrap(), std::net::SocketAddr::from(([192, 0, 2, 2], port))))
             .collect();
-        backend.apply(&compile(&desired(), &many)).unwrap();
+        backend.apply(&compile(&desired(), &many, &devices())).unwrap();
         assert!(backend.present().unwrap());
         backend.remove().unwrap();
         assert!(!backend.present().unwrap());
@@ -53,11 +53,11 @@ fn without_the_capability_root_falls_back_and_others_are_told() {
     world.host.run(|| {
         only(capabilities(None).unwrap().permitted - CapabilitySet::NET_ADMIN);
         let backend = Backend::choose().unwrap();
-        assert!(matches!(&backend, Backend::Nft(path, Timeouts::Ours) if path == "/usr/sbin/nft"), "{backend:?}");
-        backend.apply(&compile(&desired(), &[])).unwrap();
+        assert!(matches!(&backend, Backend::Nft(path, Abilities::ALL) if path == "/usr/sbin/nft"), "{backend:?}");
+        backend.apply(&compile(&desired(), &[], &devices())).unwrap();
         assert!(backend.present().unwrap());
         backend.remove().unwrap();
-        assert!(matches!(NFTNL.apply(&compile(&desired(), &[])), Err(Error::Privilege)));
+        assert!(matches!(NFTNL.apply(&compile(&desired(), &[], &devices())), Err(Error::Privilege)));
         assert!(matches!(NFTNL.remove(), Err(Error::Privilege)));
     });
     world.host.run(|| {

@@ -17,7 +17,7 @@ use socket2::Socket;
 use crate::{
     probes::{connect, read},
     state::backends,
-    world::{BYPASS_USER, HOST, HOST6, PEER, PEER6, World, desired, opted_in, sh},
+    world::{BYPASS_USER, HOST, HOST6, PEER, PEER6, World, desired, devices, opted_in, sh},
 };
 
 /// A connection between two namespaces: the client's socket, the server's.
@@ -65,7 +65,7 @@ fn connections_from_outside_are_answered() {
             });
             for killswitch in [true, false] {
                 let on = Desired { killswitch, ..desired() };
-                world.host.run(|| backend.apply(&compile(&on, &[])).unwrap());
+                world.host.run(|| backend.apply(&compile(&on, &[], &devices())).unwrap());
                 for (from, to) in &cases {
                     let context = format!("{}, rp_filter {rp_filter}, killswitch {killswitch}, {from}", backend.name());
                     assert!(inbound(from, to), "{context}");
@@ -77,7 +77,7 @@ fn connections_from_outside_are_answered() {
                 assert!(alive(&a, &b), "{}, rp_filter {rp_filter}", backend.name());
                 // Anti-test: without the rules for it the answers go into the tunnel.
                 let off = Desired { inbound_replies: false, ..on };
-                world.host.run(|| backend.apply(&compile(&off, &[])).unwrap());
+                world.host.run(|| backend.apply(&compile(&off, &[], &devices())).unwrap());
                 for (from, to) in &cases {
                     assert!(!inbound(from, to), "{}: {from} is answered without a rule", backend.name());
                 }
@@ -111,7 +111,7 @@ fn an_older_session_from_outside_survives_if_it_is_named() {
             .map(|(_, host)| (address(host.local_addr().unwrap()), address(host.peer_addr().unwrap())))
             .collect();
         world.steer();
-        world.host.run(|| backend.apply(&compile(&desired(), &sessions)).unwrap());
+        world.host.run(|| backend.apply(&compile(&desired(), &sessions, &devices())).unwrap());
         for (peer, host) in &kept {
             assert!(alive(peer, host), "{}", backend.name());
         }
@@ -155,7 +155,7 @@ fn older_connections_of_our_own_are_cut() {
                     "{seen:?}"
                 );
 
-                world.host.run(|| backend.apply(&compile(&desired(), &[])).unwrap());
+                world.host.run(|| backend.apply(&compile(&desired(), &[], &devices())).unwrap());
                 world.seen();
                 if peer_first {
                     peer.send(b"hello").unwrap();
@@ -188,7 +188,7 @@ fn what_a_bypassing_user_sent_before_closing_arrives() {
     for backend in backends() {
         let world = World::new();
         world.steer();
-        world.host.run(|| backend.apply(&compile(&desired(), &[])).unwrap());
+        world.host.run(|| backend.apply(&compile(&desired(), &[], &devices())).unwrap());
         let listener = world.peer.run(|| {
             let listener = Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None).unwrap();
             // A small window, so that most of it waits in the sender's kernel.

@@ -21,7 +21,7 @@ use crate::{
     probes::{Probe, allowed, connect, datagram, forbidden},
     state::NFTNL,
     wire::neighbours,
-    world::{CONTAINER, HOST, PEER, World, desired, opted_in, sh},
+    world::{CONTAINER, HOST, PEER, World, desired, devices, opted_in, sh},
 };
 
 /// What may leave with the lock alone.
@@ -114,7 +114,7 @@ fn beside_our_table_it_lets_out_what_that_lets_out() {
         to.map(|to| world.host.run(|| connect(to, |_| Ok(()))).unwrap_err().kind())
     };
     for order in ["the lock first", "the lock last"] {
-        let ours = |desired: &Desired| world.host.run(|| NFTNL.apply(&compile(desired, &[])).unwrap());
+        let ours = |desired: &Desired| world.host.run(|| NFTNL.apply(&compile(desired, &[], &devices())).unwrap());
         if order == "the lock last" {
             ours(&locked());
         }
@@ -172,7 +172,7 @@ fn what_gets_another_way_after_the_output_hook_is_dropped() {
     for way in ways {
         assert!(send(way).is_empty(), "{way} with the lock alone");
     }
-    world.host.run(|| NFTNL.apply(&compile(&locked(), &[])).unwrap());
+    world.host.run(|| NFTNL.apply(&compile(&locked(), &[], &devices())).unwrap());
     for way in ways {
         assert!(send(way).is_empty(), "{way} with both");
     }
@@ -218,9 +218,9 @@ fn connections_from_outside_go_on_and_our_own_end() {
     assert!(alive(&e, &f), "a session after the lock");
     assert!(!alive(&c, &d) && outbound().is_err(), "our own");
     // The daemon's profile decides: this one does not answer.
-    world.host.run(|| NFTNL.apply(&compile(&Desired { inbound_replies: false, ..locked() }, &[])).unwrap());
+    world.host.run(|| NFTNL.apply(&compile(&Desired { inbound_replies: false, ..locked() }, &[], &devices())).unwrap());
     assert!(!alive(&e, &f) && inbound().is_err());
-    world.host.run(|| NFTNL.apply(&compile(&locked(), &[])).unwrap());
+    world.host.run(|| NFTNL.apply(&compile(&locked(), &[], &devices())).unwrap());
     let (g, h) = inbound().unwrap();
     assert!(alive(&g, &h));
 }

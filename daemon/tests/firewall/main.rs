@@ -6,7 +6,8 @@
 
 mod choice;
 mod connections;
-
+mod forward;
+mod frames;
 mod lock;
 mod owner;
 mod probes;

@@ -15,7 +15,7 @@ use proxyvpnd::net::{
 
 use crate::{
     state::NFTNL,
-    world::{PEER, World, desired, opted_in, sh},
+    world::{PEER, World, desired, devices, opted_in, sh},
 };
 
 /// Keeps descriptors as systemd does.
@@ -65,7 +65,8 @@ fn nobody_else_can_change_it_and_the_next_daemon_goes_on() {
         assert!(leaves());
         let store = Arc::new(Store::default());
         let first = owned(Arc::clone(&store) as Arc<dyn Keep>);
-        let (rules, others) = (compile(&desired(), &[]), compile(&Desired { tunnel: None, ..desired() }, &[]));
+        let (rules, others) =
+            (compile(&desired(), &[], &devices()), compile(&Desired { tunnel: None, ..desired() }, &[], &devices()));
         first.apply(&rules).unwrap();
         assert!(first.holds(&rules).unwrap() && !leaves());
         sh("nft add table inet other; nft add chain inet other c; nft flush ruleset");
@@ -105,7 +106,7 @@ fn without_a_place_for_the_socket_the_table_is_plain() {
     opted_in();
     let world = World::new();
     world.host.run(|| {
-        let rules = compile(&desired(), &[]);
+        let rules = compile(&desired(), &[], &devices());
         let nowhere = || Backend::choose().unwrap().owned(Keeping::default());
         for backend in [nowhere(), owned(Arc::new(Refusing))] {
             assert_eq!(backend, NFTNL);
@@ -125,7 +126,7 @@ fn a_plain_table_becomes_an_owned_one() {
     opted_in();
     let world = World::new();
     world.host.run(|| {
-        let rules = compile(&desired(), &[]);
+        let rules = compile(&desired(), &[], &devices());
         let store = Arc::new(Store::default());
         // Chosen first: the store looks that there is no table yet.
         let backend = owned(Arc::clone(&store) as Arc<dyn Keep>);
@@ -143,7 +144,7 @@ fn a_socket_that_was_left_full_or_is_something_else() {
     opted_in();
     let world = World::new();
     world.host.run(|| {
-        let rules = compile(&desired(), &[]);
+        let rules = compile(&desired(), &[], &devices());
         let store = Arc::new(Store::default());
         let backend = owned(Arc::clone(&store) as Arc<dyn Keep>);
         backend.apply(&rules).unwrap();

@@ -10,16 +10,16 @@ use std::{
 
 use proxyvpnd::net::{
     desired::{Desired, Locked},
-    firewall::{Backend, Error, Programs, Timeouts, compile},
+    firewall::{Abilities, Backend, Error, Programs, compile},
 };
 
-use crate::world::{World, desired, opted_in, sh};
+use crate::world::{World, desired, devices, opted_in, sh};
 
-pub(crate) const NFTNL: Backend = Backend::Nftnl(Timeouts::Ours, None);
+pub(crate) const NFTNL: Backend = Backend::Nftnl(Abilities::ALL, None);
 
 /// All three, as they are installed here.
 pub(crate) fn backends() -> [Backend; 3] {
-    let nft = Backend::Nft("/usr/sbin/nft".into(), Timeouts::Ours);
+    let nft = Backend::Nft("/usr/sbin/nft".into(), Abilities::ALL);
     [NFTNL, nft, Backend::Iptables(Programs::find().expect("iptables is installed"))]
 }
 
@@ -72,7 +72,7 @@ fn libnftnl_and_nft_make_the_same_table() {
     let [nftnl, nft, _] = backends();
     world.host.run(|| {
         for desired in states() {
-            let rules = compile(&desired, &sessions());
+            let rules = compile(&desired, &sessions(), &devices());
             nft.apply(&rules).unwrap();
             let by_nft = ruleset();
             nftnl.apply(&rules).unwrap();
@@ -92,11 +92,11 @@ fn removing_leaves_what_was_there_before() {
             let before = ruleset();
             for desired in states() {
                 assert!(!backend.present().unwrap());
-                backend.apply(&compile(&desired, &sessions())).unwrap();
+                backend.apply(&compile(&desired, &sessions(), &devices())).unwrap();
                 let once = ruleset();
                 assert_ne!(once, before);
                 assert!(backend.present().unwrap());
-                backend.apply(&compile(&desired, &sessions())).unwrap();
+                backend.apply(&compile(&desired, &sessions(), &devices())).unwrap();
                 assert_eq!(ruleset(), once, "{} is idempotent", backend.name());
                 backend.remove().unwrap();
                 assert_eq!(ruleset(), before, "{}", backend.name());
@@ -115,7 +115,7 @@ fn nft_accepts_the_script_of_each_state() {
     world.host.run(|| {
         let before = ruleset();
         for desired in states() {
-            let script = compile(&desired, &sessions()).script();
+            let script = compile(&desired, &sessions(), &devices()).script();
             sh(&format!("nft -c -f - <<'END'\n{script}\nEND"));
             // Anti-test: the check does check.
             let broken = script.replace("ct state new", "ct state never");
@@ -137,7 +137,7 @@ fn each_backend_removes_what_another_made() {
         let before = ruleset();
         for maker in backends() {
             for remover in backends() {
-                maker.apply(&compile(&desired(), &sessions())).unwrap();
+                maker.apply(&compile(&desired(), &sessions(), &devices())).unwrap();
                 remover.remove().unwrap();
                 assert_eq!(ruleset(), before, "made by {}, removed by {}", maker.name(), remover.name());
             }
@@ -160,11 +160,11 @@ fn a_table_that_another_process_owns_is_told() {
             }
             thread::sleep(Duration::from_millis(20));
         }
-        let error = NFTNL.apply(&compile(&desired(), &[])).unwrap_err();
+        let error = NFTNL.apply(&compile(&desired(), &[], &devices())).unwrap_err();
         assert!(matches!(&error, Error::Owned), "{error}");
         assert!(matches!(NFTNL.remove(), Err(Error::Owned)));
         drop(stdin);
         owner.wait().unwrap();
-        NFTNL.apply(&compile(&desired(), &[])).unwrap();
+        NFTNL.apply(&compile(&desired(), &[], &devices())).unwrap();
     });
 }

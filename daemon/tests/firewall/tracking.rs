@@ -9,16 +9,17 @@ use std::{
 
 use proxyvpnd::net::{
     desired::{Desired, MARK},
-    firewall::{Backend, Timeouts, compile},
+    firewall::{Abilities, Backend, compile},
 };
 use socket2::Socket;
 
 use crate::{
     probes::{connect, read},
     state::backends,
-    world::{HOST, Namespace, PEER, PEER6, TUN, World, desired, opted_in, sh},
+    world::{HOST, Namespace, PEER, PEER6, TUN, World, desired, devices, opted_in, sh},
 };
 
+const NO_TIMEOUTS: Abilities = Abilities { timeouts: false, ..Abilities::ALL };
 /// Behind the tunnel device.
 const FAR: &str = "203.0.113.80";
 const FAR6: &str = "2001:db8:80::1";
@@ -114,7 +115,7 @@ fn close((client, server): (Socket, Socket), world: &World) -> u32 {
 }
 
 fn apply(world: &World, backend: &Backend, desired: &Desired) {
-    world.host.run(|| backend.apply(&compile(desired, &[])).unwrap());
+    world.host.run(|| backend.apply(&compile(desired, &[], &devices())).unwrap());
 }
 
 #[test]
@@ -138,7 +139,7 @@ fn ended_connections_of_the_tunnel_are_soon_forgotten_and_no_others() {
             }
         }
         // Anti-test: without the rules they stay as long as all others.
-        for backend in [&Backend::Nftnl(Timeouts::Kernel, None), &iptables] {
+        for backend in [&Backend::Nftnl(NO_TIMEOUTS, None), &iptables] {
             apply(&world, backend, &desired);
             for way in ours(&world) {
                 let kept = way.kept(&world);
@@ -194,7 +195,7 @@ fn what_others_change_at_the_timeouts_is_noticed() {
         object(120)
     );
     world.host.run(|| {
-        let ruleset = compile(&desired(), &[]);
+        let ruleset = compile(&desired(), &[], &devices());
         for (what, damage, noticed) in [
             ("a rule", format!("{rules}; do nft delete rule inet proxyvpn output handle $h; break; done"), [true; 2]),
             (
@@ -216,8 +217,7 @@ fn what_others_change_at_the_timeouts_is_noticed() {
             }
         }
         // Where the kernel lacks timeouts, nothing of them is installed, and nothing is missed.
-        for backend in
-            [Backend::Nftnl(Timeouts::Kernel, None), Backend::Nft("/usr/sbin/nft".into(), Timeouts::Kernel), iptables]
+        for backend in [Backend::Nftnl(NO_TIMEOUTS, None), Backend::Nft("/usr/sbin/nft".into(), NO_TIMEOUTS), iptables]
         {
             backend.apply(&ruleset).unwrap();
             assert!(backend.holds(&ruleset).unwrap(), "{backend:?}");

@@ -14,7 +14,7 @@ use proxyvpnd::net::{
 use crate::{
     probes::{allowed, connect, datagram, forbidden},
     state::backends,
-    world::{CONTAINER, PEER, World, desired, opted_in},
+    world::{CONTAINER, PEER, World, desired, devices, opted_in},
 };
 
 /// What a killswitch lets out although nobody asked for it.
@@ -24,7 +24,7 @@ pub(crate) fn neighbours(line: &str) -> bool {
 }
 
 fn apply(world: &World, backend: &Backend, desired: &Desired) {
-    world.host.run(|| backend.apply(&compile(desired, &[])).unwrap());
+    world.host.run(|| backend.apply(&compile(desired, &[], &devices())).unwrap());
     world.seen();
 }
 

@@ -10,7 +10,8 @@ use std::{
     time::{Duration, Instant},
 };
 
-use proxyvpnd::net::desired::{Desired, Exceptions, Locked, MARK, TABLE, Tunnel};
+use proxyvpnd::net::Devices;
+use proxyvpnd::net::desired::{Desired, Exceptions, Forward, Locked, MARK, TABLE, Tunnel};
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 use socket2::{Domain, Protocol, Socket, Type};
 
@@ -25,6 +26,10 @@ pub(crate) const TUN: &str = "10.255.255.1";
 pub(crate) const RESOLVER: &str = "198.51.100.53";
 /// A network that the desired state allows.
 pub(crate) const LAN: &str = "198.51.100.128";
+/// Address of the host's uplink.
+pub(crate) const HOST_MAC: [u8; 6] = [2, 0, 0, 0, 0, 1];
+/// Address of the container's device.
+pub(crate) const CONTAINER_MAC: [u8; 6] = [2, 0, 0, 0, 0, 3];
 /// A user who may go around the tunnel.
 pub(crate) const BYPASS_USER: u32 = 13;
 
@@ -41,7 +46,7 @@ pub(crate) struct Namespace {
 }
 
 impl Namespace {
-    fn new() -> Self {
+    pub(crate) fn new() -> Self {
         let mut holder = Command::new("unshare")
             .args(["-n", "sh", "-c", "echo ready; exec sleep 600"])
             .stdout(Stdio::piped())
@@ -67,7 +72,7 @@ impl Namespace {
         })
     }
 
-    fn pid(&self) -> u32 {
+    pub(crate) fn pid(&self) -> u32 {
         self.holder.id()
     }
 }
@@ -103,7 +108,7 @@ impl World {
             sh(&format!(
                 "for f in /proc/sys/net/ipv6/conf/*/accept_dad; do echo 0 > $f; done
                  ip link add up0 address 02:00:00:00:00:01 type veth peer name peer0 netns {p}
-                 ip link add ct0 type veth peer name eth0 netns {c}
+                 ip link add ct0 type veth peer name eth0 address 02:00:00:00:00:03 netns {c}
                  ip link add pvpn0 arp off type veth peer name sink0 netns {c}
                  ip addr add {HOST}/24 dev up0; ip addr add {HOST6}/64 dev up0 nodad
                  ip addr add 10.9.0.1/24 dev ct0
@@ -151,6 +156,18 @@ impl World {
         });
     }
 
+    /// Steers what is forwarded too, as the daemon does with `forward = "tunnel"`.
+    pub(crate) fn steer_forwarded(&self) {
+        self.host.run(|| {
+            sh(&format!(
+                "for v in -4 -6; do
+                   ip $v rule add iif pvpn0 lookup main priority 3701
+                 done
+                 for p in tcp udp; do ip rule add to {RESOLVER} ipproto $p dport 53 lookup main priority 3701; done"
+            ))
+        });
+    }
+
     /// Until neighbours know each other and no frame of the beginning is on its way any more.
     fn wait_until_up(&self) {
         let deadline = Instant::now() + Duration::from_secs(10);
@@ -167,22 +184,27 @@ impl World {
         self.seen();
     }
 
-    /// What the host has sent on the uplink since the last call, one line per frame, such as `tcp 192.0.2.2 80`.
+    /// Those of the host since the last call; see [`seen_from`](Self::seen_from).
     pub(crate) fn seen(&self) -> Vec<String> {
+        self.seen_from(HOST_MAC)
+    }
+
+    /// What came from this address on the uplink since the last call, one line per frame, such as `tcp 192.0.2.2 80`.
+    pub(crate) fn seen_from(&self, mac: [u8; 6]) -> Vec<String> {
         let mut lines = vec![];
         let mut buffer = vec![0; 1 << 16];
         let mut reader = &self.sniffer;
         // Ends at the first 20 ms of silence.
         while let Ok(length) = std::io::Read::read(&mut reader, &mut buffer) {
-            lines.extend(describe(&buffer[..length]));
+            lines.extend(describe(&buffer[..length], mac));
         }
         lines
     }
 }
 
-/// A frame from the host's uplink as text; `None` for frames of others.
-fn describe(frame: &[u8]) -> Option<String> {
-    if frame.len() < 14 || frame[6..12] != [2, 0, 0, 0, 0, 1] {
+/// A frame from this address as text; `None` for frames of others.
+fn describe(frame: &[u8], mac: [u8; 6]) -> Option<String> {
+    if frame.len() < 14 || frame[6..12] != mac {
         return None;
     }
     let port = |p: &[u8]| u16::from_be_bytes([p[2], p[3]]);
@@ -224,5 +246,12 @@ pub(crate) fn desired() -> Desired {
         killswitch: true,
         inbound_replies: true,
         locked: Locked::No,
+        forward: Forward::Block,
+        iptables_fallback: false,
     }
+}
+
+/// Those of the host that lead out.
+pub(crate) fn devices() -> Devices {
+    Devices { uplinks: vec!["up0".to_owned(), "ct0".to_owned()], inner: vec![] }
 }

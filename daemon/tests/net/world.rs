@@ -11,7 +11,7 @@ use std::{
     thread,
 };
 
-use proxyvpnd::net::desired::{Desired, Exceptions, Locked, Tunnel};
+use proxyvpnd::net::desired::{Desired, Exceptions, Forward, Locked, Tunnel};
 use proxyvpnd::net::{Keeping, Network, Stage, Step};
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 
@@ -138,6 +138,8 @@ pub(crate) fn desired() -> Desired {
         killswitch: true,
         inbound_replies: true,
         locked: Locked::No,
+        forward: Forward::Block,
+        iptables_fallback: false,
     }
 }
 

@@ -17,27 +17,35 @@ use super::{
 };
 use crate::net::{
     Keeping,
-    desired::{Desired, Exceptions, Locked, Tunnel},
+    desired::{Desired, Exceptions, Forward, Locked, Tunnel},
+    devices::Devices,
 };
 
 /// The way rules reach the kernel.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Backend {
     /// libnftnl over netlink: `CAP_NET_ADMIN` is enough.
-    Nftnl(Timeouts, Option<Owner>),
+    Nftnl(Abilities, Option<Owner>),
     /// The program `nft`, at this path; as root only.
-    Nft(PathBuf, Timeouts),
+    Nft(PathBuf, Abilities),
     /// The iptables programs; as root only.
     Iptables(Programs),
 }
 
-/// Whether connections can get a timeout of our own in connection tracking (`CONFIG_NF_CONNTRACK_TIMEOUT`).
+/// What a kernel has of what the rules can do without.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Timeouts {
-    /// They can.
-    Ours,
-    /// They keep the machine's.
-    Kernel,
+pub struct Abilities {
+    /// Connections can get a timeout of our own in connection tracking (`CONFIG_NF_CONNTRACK_TIMEOUT`).
+    pub timeouts: bool,
+    /// Frames can be stopped at the exit of a device (`CONFIG_NETFILTER_EGRESS`, Linux 5.16).
+    pub egress: bool,
+}
+
+impl Abilities {
+    /// Both.
+    pub const ALL: Self = Self { timeouts: true, egress: true };
+    /// Neither.
+    pub const NONE: Self = Self { timeouts: false, egress: false };
 }
 
 /// The socket that the table belongs to (nft's flag `owner`, Linux 5.12): nobody else can change the table, a flush of all
@@ -86,16 +94,30 @@ fn with<T>(owner: Option<&Owner>, work: impl FnOnce(&mut Netlink) -> Result<T, E
     }
 }
 
+/// What a kernel without [`Abilities::timeouts`] does.
+const FULL: &str = "ended connections stay in connection tracking for 120 s: some 1,100 new ones per second fill its table, \
+                    and the kernel drops packets (net.netfilter.nf_conntrack_max)";
+/// What a kernel without [`Abilities::egress`] does.
+const FRAMES: &str = "frames that bypass the IP layer are not stopped: of packet sockets, of virtual machines that are bridged \
+                      with an uplink, of macvlan devices";
+
 /// A ruleset with every kind of rule, to ask for before anything is changed.
 static SAMPLE: LazyLock<Ruleset> = LazyLock::new(|| {
     let v4 = ipnet::Ipv4Net::new_assert([10, 255, 255, 1].into(), 30);
     let v6 = ipnet::Ipv6Net::new_assert([0xfd70, 0x7670, 0x6e, 0, 0, 0, 0, 1].into(), 64);
     let tunnel = Tunnel { name: "pvpn0".to_owned(), v4, v6, mtu: 1500 };
     let exceptions = Exceptions { lan: vec![v4.into(), v6.into()], resolvers: vec![v4.addr().into()], users: vec![0] };
-    compile(
-        &Desired { tunnel: Some(tunnel), exceptions, killswitch: true, inbound_replies: true, locked: Locked::Yes },
-        &[],
-    )
+    let desired = Desired {
+        tunnel: Some(tunnel),
+        exceptions,
+        killswitch: true,
+        inbound_replies: true,
+        locked: Locked::Yes,
+        forward: Forward::Tunnel,
+        iptables_fallback: false,
+    };
+    let devices = Devices { uplinks: vec!["lo".to_owned()], inner: vec!["docker0".to_owned()] };
+    compile(&desired, &[], &devices)
 });
 
 impl Backend {
@@ -106,7 +128,7 @@ impl Backend {
     pub fn choose() -> Result<Self, Error> {
         let mut tried = vec![];
         match Netlink::open().and_then(|mut netlink| settle(|ruleset| netlink.probe(ruleset))) {
-            Ok(timeouts) => return Ok(Self::Nftnl(timeouts, None)),
+            Ok(abilities) => return Ok(Self::Nftnl(abilities, None)),
             Err(error) => tried.push(format!("nftnl: {}", chain(&error))),
         }
         if !rustix::process::geteuid().is_root() {
@@ -115,7 +137,7 @@ impl Backend {
         }
         match find("nft") {
             Some(path) => match settle(|ruleset| nft::probe(&path, ruleset)) {
-                Ok(timeouts) => return Ok(Self::Nft(path, timeouts)),
+                Ok(abilities) => return Ok(Self::Nft(path, abilities)),
                 Err(error) => tried.push(format!("nft: {}", chain(&error))),
             },
             None => tried.push("nft: the program is not installed".to_owned()),
@@ -135,12 +157,12 @@ impl Backend {
     /// socket allow it.
     #[must_use]
     pub fn owned(self, keeping: Keeping) -> Self {
-        let Self::Nftnl(timeouts, None) = self else { return self };
+        let Self::Nftnl(abilities, None) = self else { return self };
         let owner = Owner::new(keeping).unwrap_or_else(|error| {
             tracing::warn!(error = chain(&error), "the firewall's table gets no owner: other programs can remove it");
             None
         });
-        Self::Nftnl(timeouts, owner)
+        Self::Nftnl(abilities, owner)
     }
 
     /// The name for status and logs: `nftnl`, `nft` or `iptables`.
@@ -152,14 +174,23 @@ impl Backend {
         }
     }
 
+    /// Whether what is wanted may be applied this way: iptables promises less, so it is used only where that is allowed.
+    ///
+    /// # Errors
+    /// [`Error::FallbackNotAllowed`].
+    pub fn permitted(&self, desired: &Desired) -> Result<(), Error> {
+        match self {
+            Self::Iptables(_) if !desired.iptables_fallback => {
+                Err(Error::FallbackNotAllowed { lost: self.weaknesses().join("; ") })
+            }
+            _ => Ok(()),
+        }
+    }
+
     /// What this backend can't promise, one sentence each.
     ///
-    /// All three: frames that bypass the IP layer (packet sockets with the privilege for them, bridged frames while
-    /// `bridge-nf-call-iptables` is off) do not pass a chain of the firewall.
     pub fn weaknesses(&self) -> Vec<&'static str> {
         const FLUSH: &str = "another administrator's program can flush or replace the rules";
-        const FULL: &str = "ended connections stay in connection tracking for 120 s: some 1,100 new ones per second fill \
-                            its table, and the kernel drops packets (net.netfilter.nf_conntrack_max)";
         let mut weaknesses = match self {
             Self::Nftnl(_, Some(_)) => vec![],
             Self::Nftnl(_, None) => vec![FLUSH],
@@ -172,25 +203,25 @@ impl Backend {
                 "only root can use the iptables programs, so the daemon can't drop its privileges",
             ],
         };
-        if self.timeouts() == Timeouts::Kernel {
+        if !self.abilities().egress {
+            weaknesses.push(FRAMES);
+        }
+        if !self.abilities().timeouts {
             weaknesses.push(FULL);
         }
         weaknesses
     }
 
-    fn timeouts(&self) -> Timeouts {
+    fn abilities(&self) -> Abilities {
         match self {
-            Self::Nftnl(timeouts, _) | Self::Nft(_, timeouts) => *timeouts,
-            Self::Iptables(_) => Timeouts::Kernel,
+            Self::Nftnl(abilities, _) | Self::Nft(_, abilities) => *abilities,
+            Self::Iptables(_) => Abilities::NONE,
         }
     }
 
     /// What of these rules this backend can install.
     pub fn fit<'a>(&self, ruleset: &'a Ruleset) -> Cow<'a, Ruleset> {
-        match self.timeouts() {
-            Timeouts::Ours => Cow::Borrowed(ruleset),
-            Timeouts::Kernel => Cow::Owned(ruleset.without_timeout()),
-        }
+        fit(ruleset, self.abilities())
     }
 
     /// Puts these rules in place of older ones, and reads back what is then there.
@@ -256,15 +287,37 @@ impl Backend {
     }
 }
 
-/// Asks with timeouts, and again without them if that is refused: a kernel may lack them alone.
-fn settle(mut probe: impl FnMut(&Ruleset) -> Result<(), Error>) -> Result<Timeouts, Error> {
-    let Err(refusal) = probe(&SAMPLE) else { return Ok(Timeouts::Ours) };
-    probe(&SAMPLE.without_timeout())?;
-    tracing::warn!(
-        error = &refusal as &dyn std::error::Error,
-        "no timeouts of our own: ended connections stay in connection tracking for 120 s (CONFIG_NF_CONNTRACK_TIMEOUT)"
-    );
-    Ok(Timeouts::Kernel)
+/// What of these rules a kernel with these abilities takes.
+fn fit(ruleset: &Ruleset, abilities: Abilities) -> Cow<'_, Ruleset> {
+    let mut fitting = Cow::Borrowed(ruleset);
+    if !abilities.timeouts {
+        fitting = Cow::Owned(fitting.without_timeout());
+    }
+    if !abilities.egress {
+        fitting = Cow::Owned(fitting.without_egress());
+    }
+    fitting
+}
+
+/// Asks for everything, and if that is refused for less: a kernel may lack one thing alone.
+fn settle(mut probe: impl FnMut(&Ruleset) -> Result<(), Error>) -> Result<Abilities, Error> {
+    let Err(mut refusal) = probe(&SAMPLE) else { return Ok(Abilities::ALL) };
+    let (no_egress, no_timeouts) =
+        (Abilities { egress: false, ..Abilities::ALL }, Abilities { timeouts: false, ..Abilities::ALL });
+    for abilities in [no_egress, no_timeouts, Abilities::NONE] {
+        let Err(error) = probe(&fit(&SAMPLE, abilities)) else {
+            let error = &refusal as &dyn std::error::Error;
+            if !abilities.egress {
+                tracing::warn!(error, "{FRAMES} (CONFIG_NETFILTER_EGRESS, Linux 5.16)");
+            }
+            if !abilities.timeouts {
+                tracing::warn!(error, "{FULL} (CONFIG_NF_CONNTRACK_TIMEOUT)");
+            }
+            return Ok(abilities);
+        };
+        refusal = error;
+    }
+    Err(refusal)
 }
 
 /// Whether chains of the iptables backend can be there. Asks the kernel first: iptables itself would load modules and
@@ -305,17 +358,54 @@ mod tests {
                 ruleset.lines().iter().find(|line| line.contains(word)).map_or(Ok(()), |line| refused(line))
             }
         };
-        assert!(matches!(settle(|_| Ok(())), Ok(Timeouts::Ours)));
-        assert!(matches!(settle(lacks("ct timeout")), Ok(Timeouts::Kernel)));
+        assert!(matches!(settle(|_| Ok(())), Ok(Abilities::ALL)));
+        let (no_egress, no_timeouts) =
+            (Abilities { egress: false, timeouts: true }, Abilities { egress: true, timeouts: false });
+        assert_eq!(settle(lacks("ct timeout")).ok(), Some(no_timeouts));
+        assert_eq!(settle(lacks("netdev")).ok(), Some(no_egress));
+        let neither = |ruleset: &Ruleset| lacks("ct timeout")(ruleset).and(lacks("netdev")(ruleset));
+        assert_eq!(settle(neither).ok(), Some(Abilities::NONE));
         assert!(matches!(settle(lacks("fib ")), Err(Error::Refused { what, .. }) if what.contains("fib ")));
 
-        let (ours, kernel) = (Backend::Nftnl(Timeouts::Ours, None), Backend::Nftnl(Timeouts::Kernel, None));
-        assert_eq!(*ours.fit(&SAMPLE), *SAMPLE);
-        assert_eq!(*kernel.fit(&SAMPLE), SAMPLE.without_timeout());
-        let told = |backend: Backend| backend.weaknesses().iter().any(|text| text.contains("connection tracking"));
-        assert!(!told(ours) && told(kernel));
+        let nftnl = |abilities| Backend::Nftnl(abilities, None);
+        assert_eq!(*nftnl(Abilities::ALL).fit(&SAMPLE), *SAMPLE);
+        assert_eq!(*nftnl(no_timeouts).fit(&SAMPLE), SAMPLE.without_timeout());
+        assert_eq!(*nftnl(no_egress).fit(&SAMPLE), SAMPLE.without_egress());
+        assert!(!SAMPLE.without_egress().lines().iter().any(|line| line.contains("netdev")));
+        let told = |backend: Backend| {
+            let told = |word| backend.weaknesses().iter().any(|text| text.contains(word));
+            (told("connection tracking"), told("packet sockets"))
+        };
+        assert_eq!([told(nftnl(Abilities::ALL)), told(nftnl(Abilities::NONE))], [(false, false), (true, true)]);
+        assert_eq!([told(nftnl(no_timeouts)), told(nftnl(no_egress))], [(true, false), (false, true)]);
+        let nft = |abilities| Backend::Nft(PathBuf::new(), abilities);
+        assert_eq!([told(nft(Abilities::ALL)), told(nft(Abilities::NONE))], [(false, false), (true, true)]);
+        assert_eq!(told(iptables()), (true, true));
+    }
+
+    fn iptables() -> Backend {
         let path = PathBuf::new;
-        assert!(!told(Backend::Nft(path(), Timeouts::Ours)) && told(Backend::Nft(path(), Timeouts::Kernel)));
-        assert!(told(Backend::Iptables(Programs { v4: path(), v4_restore: path(), v6: path(), v6_restore: path() })));
+        Backend::Iptables(Programs { v4: path(), v4_restore: path(), v6: path(), v6_restore: path() })
+    }
+
+    #[test]
+    fn iptables_is_used_only_where_the_profile_allows_it() {
+        let tunnel = None;
+        let exceptions = Exceptions::default();
+        let desired = |iptables_fallback| Desired {
+            tunnel: tunnel.clone(),
+            exceptions: exceptions.clone(),
+            killswitch: true,
+            inbound_replies: true,
+            locked: Locked::No,
+            forward: Forward::Block,
+            iptables_fallback,
+        };
+        let refused = iptables().permitted(&desired(false)).err().map(|error| error.to_string()).unwrap_or_default();
+        for said in ["nf_tables", "IPv4 is switched before IPv6", "iptables-fallback = true", "packet sockets"] {
+            assert!(refused.contains(said), "{said}: {refused}");
+        }
+        assert!(iptables().permitted(&desired(true)).is_ok());
+        assert!(Backend::Nftnl(Abilities::NONE, None).permitted(&desired(false)).is_ok());
     }
 }

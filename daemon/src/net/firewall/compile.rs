@@ -5,12 +5,17 @@ use std::net::{IpAddr, SocketAddr};
 use ipnet::IpNet;
 
 use super::rules::{Action, Chain, Family, Hook, Kind, Match, Policy, Protocol, Rule, Ruleset, Timeout};
-use crate::net::desired::{Desired, Locked, MARK};
+use crate::net::{
+    desired::{Desired, Forward, Locked, MARK},
+    devices::Devices,
+};
 
 /// How many older inbound sessions get a rule; more are not kept.
 pub const MAX_SESSIONS: usize = 1024;
 /// Mark of TCP connections of bypassing users. Not [`MARK`], which connections from outside carry.
 pub const BYPASS_CT_MARK: u32 = MARK + 1;
+/// Mark of TCP connections from containers and virtual machines to this machine, where those from outside get no answer.
+const INNER_CT_MARK: u32 = MARK + 2;
 
 /// `NF_IP_PRI_MANGLE`: after connection tracking, before anything that decides.
 pub(super) const PRIORITY_MANGLE: i32 = -150;
@@ -26,36 +31,69 @@ const TIMEOUT: Timeout = Timeout { name: "tunnelled", time_wait: 10 };
 
 /// Router solicitation, neighbour solicitation, neighbour advertisement (RFC 4861).
 const NEIGHBOUR_DISCOVERY: [u8; 3] = [133, 135, 136];
+/// Destination unreachable (RFC 792).
+const UNREACHABLE: u8 = 3;
+/// Destination unreachable, packet too big (RFC 4443), router advertisement (RFC 4861).
+const INNER_ICMP6: [u8; 3] = [1, 2, 134];
+/// EtherTypes without which a link goes down, and which no router passes on: ARP, IEEE 802.1X (also the keys of a wireless
+/// network), link aggregation, spanning tree (IEEE 802.2), PPPoE, whose content has met the chain of its own device.
+const LINK_CONTROL: [u16; 6] = [0x0806, 0x888e, 0x8809, 0x0004, 0x8863, 0x8864];
 
 /// Compiles the desired state to rules. `sessions`: TCP connections from outside, as (local, remote), that were open
-/// before: they are kept, up to [`MAX_SESSIONS`].
-pub fn compile(desired: &Desired, sessions: &[(SocketAddr, SocketAddr)]) -> Ruleset {
+/// before: they are kept, up to [`MAX_SESSIONS`]. `devices`: those of the machine.
+pub fn compile(desired: &Desired, sessions: &[(SocketAddr, SocketAddr)], devices: &Devices) -> Ruleset {
     let mut chains = vec![
-        chain("prerouting", Kind::Filter, Hook::Prerouting, PRIORITY_MANGLE, Policy::Accept, prerouting(desired)),
+        chain(
+            "prerouting",
+            Kind::Filter,
+            Hook::Prerouting,
+            PRIORITY_MANGLE,
+            Policy::Accept,
+            prerouting(desired, devices),
+        ),
         chain("input", Kind::Filter, Hook::Input, PRIORITY_FILTER, Policy::Accept, input(desired)),
-        chain("output", Kind::Route, Hook::Output, PRIORITY_MANGLE, Policy::Accept, output(desired, sessions)),
+        chain("output", Kind::Route, Hook::Output, PRIORITY_MANGLE, Policy::Accept, output(desired, sessions, devices)),
     ];
     if desired.killswitch {
-        let count = vec![rule(vec![], Action::Count)];
+        let (forward, filter, last) =
+            (forward(desired, devices), filter_output(desired, devices), postrouting(desired, devices));
         chains.extend([
-            chain("forward", Kind::Filter, Hook::Forward, PRIORITY_FILTER, Policy::Drop, count),
-            chain("filter_output", Kind::Filter, Hook::Output, PRIORITY_FILTER, Policy::Accept, filter_output(desired)),
-            chain("postrouting", Kind::Filter, Hook::Postrouting, PRIORITY_LAST, Policy::Drop, postrouting(desired)),
+            chain("forward", Kind::Filter, Hook::Forward, PRIORITY_FILTER, Policy::Drop, forward),
+            chain("filter_output", Kind::Filter, Hook::Output, PRIORITY_FILTER, Policy::Accept, filter),
+            chain("postrouting", Kind::Filter, Hook::Postrouting, PRIORITY_LAST, Policy::Drop, last),
         ]);
     }
+    let policy = if desired.killswitch { Policy::Drop } else { Policy::Accept };
+    chains.extend(devices.uplinks.iter().map(|name| {
+        let hook = Hook::Egress(name.clone());
+        chain(format!("egress_{name}"), Kind::Filter, hook, PRIORITY_FILTER, policy, egress(desired))
+    }));
     Ruleset::new(Some(TIMEOUT), chains)
 }
 
-/// Marks what comes from outside for this machine itself; never what is forwarded.
-fn prerouting(desired: &Desired) -> Vec<Rule> {
+/// Marks what comes from outside for this machine itself, and what comes back for those behind it.
+fn prerouting(desired: &Desired, devices: &Devices) -> Vec<Rule> {
     let mut rules: Vec<Rule> = own_devices(desired).map(|name| rule(vec![Match::Iif(name)], Action::Accept)).collect();
+    // TCP with a SYN only: with UDP, or a connection picked up in its middle, the far end of an older connection of ours
+    // could speak first and look like the one who began.
+    let begins = [Match::Syn, Match::CtNew, Match::CtMark(0)];
     if desired.inbound_replies {
-        // TCP with a SYN only: with UDP, or a connection picked up in its middle, the far end of an older connection of
-        // ours could speak first and look like the one who began.
-        rules.push(rule(vec![Match::Syn, Match::CtNew, Match::CtMark(0)], Action::SetCtMark(MARK)));
+        rules.push(rule(begins.to_vec(), Action::SetCtMark(MARK)));
+    } else {
+        let inner = devices.inner.iter().map(|name| [&[Match::Iif(name.clone())], &begins[..]].concat());
+        rules.extend(inner.map(|matches| rule(matches, Action::SetCtMark(INNER_CT_MARK))));
+    }
+    if desired.forwards() {
+        // Otherwise the answers would be steered into the tunnel, as TCP, and strict reverse-path filtering would take that
+        // for the way back of the questions.
+        let tcp = [Protocol::Tcp];
+        let questions = resolvers(desired, &tcp, Match::Destination, Match::DestinationPort);
+        rules.extend(questions.map(|matches| rule(matches, Action::SetMark(MARK))));
+        let answers = resolvers(desired, &tcp, Match::Source, Match::SourcePort);
+        rules.extend(answers.map(|matches| rule([matches, vec![Match::CtReply]].concat(), Action::SetMark(MARK))));
     }
     // Strict reverse-path filtering (rp_filter=1) looks up the way back with this mark.
-    rules.push(rule(vec![Match::ToLocal], Action::SetMark));
+    rules.push(rule(vec![Match::ToLocal], Action::SetMark(MARK)));
     rules
 }
 
@@ -72,22 +110,25 @@ fn input(desired: &Desired) -> Vec<Rule> {
 }
 
 /// Marks what may leave although its socket carries no mark: this chain then sends it by the main table.
-fn output(desired: &Desired, sessions: &[(SocketAddr, SocketAddr)]) -> Vec<Rule> {
+fn output(desired: &Desired, sessions: &[(SocketAddr, SocketAddr)], devices: &Devices) -> Vec<Rule> {
     // First: below, connections get the mark that are neither the daemon's nor in the tunnel.
     let tunnelled = desired.tunnel.iter().map(|tunnel| Match::Oif(tunnel.name.clone()));
     let mut rules: Vec<Rule> = tunnelled
         .chain([Match::Mark])
         .map(|which| rule(vec![Match::Protocol(Protocol::Tcp), Match::CtNew, which], Action::SetTimeout(TIMEOUT.name)))
         .collect();
+    if !desired.inbound_replies && !devices.inner.is_empty() {
+        rules.push(rule(vec![Match::CtReply, Match::CtMark(INNER_CT_MARK)], Action::SetMark(MARK)));
+    }
     if desired.inbound_replies {
-        rules.push(rule(vec![Match::CtReply, Match::CtMark(MARK)], Action::SetMark));
+        rules.push(rule(vec![Match::CtReply, Match::CtMark(MARK)], Action::SetMark(MARK)));
         rules.extend(
             sessions
                 .iter()
                 .map(|(local, remote)| (canonical(*local), canonical(*remote)))
                 .filter(|(local, remote)| local.is_ipv4() == remote.is_ipv4())
                 .take(MAX_SESSIONS)
-                .map(|(local, remote)| rule(Match::segments(local, remote), Action::SetMark)),
+                .map(|(local, remote)| rule(Match::segments(local, remote), Action::SetMark(MARK))),
         );
     }
     // A closed socket has no user any more while its last data still leaves, so the connection is marked too. A SYN has
@@ -97,14 +138,51 @@ fn output(desired: &Desired, sessions: &[(SocketAddr, SocketAddr)]) -> Vec<Rule>
         rules.push(rule(matches, Action::SetCtMark(BYPASS_CT_MARK)));
     }
     if !desired.exceptions.users.is_empty() {
-        rules.push(rule(vec![Match::NotSyn, Match::CtMark(BYPASS_CT_MARK)], Action::SetMark));
+        rules.push(rule(vec![Match::NotSyn, Match::CtMark(BYPASS_CT_MARK)], Action::SetMark(MARK)));
     }
     rules
 }
 
+/// What this machine forwards. What is accepted here gets our mark where the chains behind would not know it.
+fn forward(desired: &Desired, devices: &Devices) -> Vec<Rule> {
+    let mut rules = vec![];
+    let tcp = || Match::Protocol(Protocol::Tcp);
+    if let Some(tunnel) = desired.tunnel.as_ref().filter(|_| desired.forwards()) {
+        let (into, back) = (Match::Oif(tunnel.name.clone()), Match::Iif(tunnel.name.clone()));
+        rules.push(rule(vec![into.clone(), tcp(), Match::CtNew], Action::SetTimeout(TIMEOUT.name)));
+        rules.push(rule(vec![into, tcp()], accept(desired)));
+        rules.extend(pass(&[back, tcp(), Match::CtReply]));
+    }
+    // With bridge-nf-call-iptables what one port of a bridge sends to another comes here too.
+    for name in &devices.inner {
+        rules.extend(pass(&[Match::Iif(name.clone()), Match::Oif(name.clone())]));
+    }
+    if desired.forward == Forward::Tunnel {
+        let both = [Protocol::Udp, Protocol::Tcp];
+        for matches in resolvers(desired, &both, Match::Destination, Match::DestinationPort) {
+            rules.push(rule(matches, accept(desired)));
+        }
+        for matches in resolvers(desired, &both, Match::Source, Match::SourcePort) {
+            rules.extend(pass(&[matches, vec![Match::CtReply]].concat()));
+        }
+    }
+    rules.push(rule(vec![], Action::Count));
+    if desired.forward == Forward::Tunnel {
+        rules.push(rule(vec![Match::Protocol(Protocol::Udp)], Action::RejectPort));
+        // TCP too: a reset would be steered into the tunnel.
+        rules.push(rule(vec![], Action::RejectProhibited));
+    }
+    rules
+}
+
+/// Marks and accepts.
+fn pass(matches: &[Match]) -> [Rule; 2] {
+    [Action::SetMark(MARK), Action::Accept].map(|action| rule(matches.to_vec(), action))
+}
+
 /// Refuses at once, so that programs fail fast. The device that is seen here can be stale; `postrouting` decides.
-fn filter_output(desired: &Desired) -> Vec<Rule> {
-    let mut rules = allowed(desired);
+fn filter_output(desired: &Desired, devices: &Devices) -> Vec<Rule> {
+    let mut rules = leaving(desired, devices);
     rules.push(rule(vec![Match::Protocol(Protocol::Tcp)], Action::RejectReset));
     rules.push(rule(vec![Match::Protocol(Protocol::Udp)], Action::RejectPort));
     rules.push(rule(vec![], Action::RejectProhibited));
@@ -112,41 +190,94 @@ fn filter_output(desired: &Desired) -> Vec<Rule> {
 }
 
 /// Drops by the final device whatever is not allowed, also what was forwarded.
-fn postrouting(desired: &Desired) -> Vec<Rule> {
+fn postrouting(desired: &Desired, devices: &Devices) -> Vec<Rule> {
     // The daemon's own connections into its own tunnel would come back to it, without an end.
     let tunnel = desired.tunnel.iter().map(|tunnel| vec![Match::Oif(tunnel.name.clone()), Match::Mark]);
     let mut rules: Vec<Rule> = tunnel.map(|matches| rule(matches, Action::Drop)).collect();
-    rules.extend(allowed(desired));
+    rules.extend(leaving(desired, devices));
     rules.push(rule(vec![], Action::Count));
     rules
 }
 
-/// What may leave. To the lock the daemon's own says itself what it is.
-pub(super) fn allowed(desired: &Desired) -> Vec<Rule> {
-    let own = |m: &Match| matches!(m, Match::Mark) || matches!(m, Match::Oif(name) if name == "lo");
-    let pass = |matches: &[Match]| desired.locked != Locked::No && !matches.iter().any(own);
-    let mut matches: Vec<Vec<Match>> = own_devices(desired).map(|name| vec![Match::Oif(name)]).collect();
-    matches.push(vec![Match::Mark]);
-    matches.extend(desired.exceptions.users.iter().map(|user| vec![Match::User(*user)]));
+/// Stops frames that met no chain of the IP layer: of packet sockets, of bridges, of network namespaces that share the
+/// device (macvlan).
+fn egress(desired: &Desired) -> Vec<Rule> {
+    let mut rules = vec![];
+    if desired.killswitch {
+        rules.push(rule(vec![Match::Mark], Action::Accept));
+    }
+    // Nobody outside is told that the tunnel's address is here.
+    if let Some(tunnel) = &desired.tunnel {
+        rules.push(rule(vec![Match::ArpSender(tunnel.v4.addr())], Action::Drop));
+    }
+    rules.extend(no_advertisement(desired));
+    if desired.killswitch {
+        rules.extend(LINK_CONTROL.map(|kind| rule(vec![Match::EtherType(kind)], Action::Accept)));
+        rules.extend(allowed(desired));
+        rules.push(rule(vec![], Action::Count));
+    }
+    rules
+}
+
+/// Nobody outside is told that the tunnel's IPv6 address is here.
+fn no_advertisement(desired: &Desired) -> Option<Rule> {
+    let tunnel = desired.tunnel.as_ref()?;
+    Some(rule(vec![Match::Icmp6Type(136), Match::NdTarget(tunnel.v6.addr())], Action::Drop))
+}
+
+/// What may leave through the IP layer. To the lock the daemon's own says itself what it is.
+pub(super) fn leaving(desired: &Desired, devices: &Devices) -> Vec<Rule> {
+    let mut rules = vec![rule(vec![Match::Oif("lo".to_owned())], Action::Accept)];
+    rules.extend(desired.tunnel.iter().map(|tunnel| rule(vec![Match::Oif(tunnel.name.clone())], accept(desired))));
+    rules.push(rule(vec![Match::Mark], Action::Accept));
+    rules.extend(no_advertisement(desired));
+    rules.extend(allowed(desired));
+    let services = devices.inner.iter().flat_map(|name| services(name));
+    rules.extend(services.map(|matches| rule(matches, accept(desired))));
+    rules
+}
+
+/// Accepts what is not the daemon's own, and tells the lock if there is one.
+fn accept(desired: &Desired) -> Action {
+    if desired.locked == Locked::No { Action::Accept } else { Action::Pass }
+}
+
+/// What may leave without our mark.
+fn allowed(desired: &Desired) -> Vec<Rule> {
+    let mut matches: Vec<Vec<Match>> = desired.exceptions.users.iter().map(|user| vec![Match::User(*user)]).collect();
     matches.extend(desired.exceptions.lan.iter().map(|net| vec![Match::Destination(net.trunc())]));
-    for resolver in &desired.exceptions.resolvers {
-        for protocol in [Protocol::Udp, Protocol::Tcp] {
-            let to = Match::Destination(IpNet::from(resolver.to_canonical()));
-            matches.push(vec![to, Match::DestinationPort(protocol, 53)]);
-        }
-    }
-    // DHCP (RFC 2131) and DHCPv6 (RFC 8415).
-    for (family, from, to) in [(Family::V4, 68, 67), (Family::V6, 546, 547)] {
-        matches.push(vec![
-            Match::Family(family),
-            Match::SourcePort(Protocol::Udp, from),
-            Match::DestinationPort(Protocol::Udp, to),
-        ]);
-    }
+    matches.extend(resolvers(desired, &[Protocol::Udp, Protocol::Tcp], Match::Destination, Match::DestinationPort));
+    matches.push(dhcp(Family::V4, 68, 67));
+    matches.push(dhcp(Family::V6, 546, 547));
     matches.extend(NEIGHBOUR_DISCOVERY.map(|kind| vec![Match::Icmp6Type(kind)]));
-    let accept =
-        |matches: Vec<Match>| if pass(&matches) { rule(matches, Action::Pass) } else { rule(matches, Action::Accept) };
-    matches.into_iter().map(accept).collect()
+    matches.into_iter().map(|matches| rule(matches, accept(desired))).collect()
+}
+
+/// What this machine's own services send to containers and virtual machines on it: addresses, names, and that something
+/// can't be reached. TCP has a connection mark.
+fn services(device: &str) -> impl Iterator<Item = Vec<Match>> {
+    let out = Match::Oif(device.to_owned());
+    let mut matches =
+        vec![dhcp(Family::V4, 67, 68), dhcp(Family::V6, 547, 546), vec![Match::SourcePort(Protocol::Udp, 53)]];
+    matches.push(vec![Match::IcmpType(UNREACHABLE)]);
+    matches.extend(INNER_ICMP6.map(|kind| vec![Match::Icmp6Type(kind)]));
+    matches.into_iter().map(move |matches| [vec![out.clone()], matches].concat())
+}
+
+/// DHCP (RFC 2131) and DHCPv6 (RFC 8415), in one direction.
+fn dhcp(family: Family, from: u16, to: u16) -> Vec<Match> {
+    vec![Match::Family(family), Match::SourcePort(Protocol::Udp, from), Match::DestinationPort(Protocol::Udp, to)]
+}
+
+/// Packets to or from port 53 of each resolver.
+fn resolvers(
+    desired: &Desired,
+    protocols: &[Protocol],
+    address: fn(IpNet) -> Match,
+    port: fn(Protocol, u16) -> Match,
+) -> impl Iterator<Item = Vec<Match>> {
+    let addresses = desired.exceptions.resolvers.iter().map(|resolver| IpNet::from(resolver.to_canonical()));
+    addresses.flat_map(move |net| protocols.iter().map(move |protocol| vec![address(net), port(*protocol, 53)]))
 }
 
 /// Loopback and the tunnel.
@@ -164,14 +295,14 @@ pub(super) fn rule(matches: Vec<Match>, action: Action) -> Rule {
 }
 
 pub(super) fn chain(
-    name: &'static str,
+    name: impl Into<String>,
     kind: Kind,
     hook: Hook,
     priority: i32,
     policy: Policy,
     rules: Vec<Rule>,
 ) -> Chain {
-    Chain { name, kind, hook, priority, policy, rules }
+    Chain { name: name.into(), kind, hook, priority, policy, rules }
 }
 
 #[cfg(test)]
@@ -193,7 +324,20 @@ pub(super) mod tests {
             killswitch: true,
             inbound_replies: true,
             locked: Locked::No,
+            forward: Forward::Block,
+            iptables_fallback: false,
         }
+    }
+
+    /// A state with nothing in it.
+    fn least() -> Desired {
+        let exceptions = Exceptions::default();
+        Desired { tunnel: None, exceptions, killswitch: false, inbound_replies: false, ..desired() }
+    }
+
+    /// An uplink, and a bridge to containers.
+    pub(in super::super) fn devices() -> Devices {
+        Devices { uplinks: vec!["eth0".to_owned()], inner: vec!["docker0".to_owned()] }
     }
 
     fn session(local: &str, remote: &str) -> (SocketAddr, SocketAddr) {
@@ -231,20 +375,46 @@ output ip6 saddr 2001:db8::1 ip6 daddr 2001:db8::2 tcp sport 22 tcp dport 40002 
 output meta l4proto tcp meta skuid 13 ct mark 0x00000000 ct mark set 0x7076706f
 output tcp flags & (fin|syn|rst|ack) != syn ct mark 0x7076706f meta mark set 0x7076706e
 forward { type filter hook forward priority filter; policy drop; }
+forward iifname "docker0" oifname "docker0" meta mark set 0x7076706e
+forward iifname "docker0" oifname "docker0" accept
 forward counter
 filter_output { type filter hook output priority filter; policy accept; }
 ALLOWED filter_output
+SERVICES filter_output
 filter_output meta l4proto tcp reject with tcp reset
 filter_output meta l4proto udp reject with icmpx port-unreachable
 filter_output reject with icmpx admin-prohibited
 postrouting { type filter hook postrouting priority 300; policy drop; }
 postrouting oifname "pvpn0" meta mark 0x7076706e drop
 ALLOWED postrouting
+SERVICES postrouting
 postrouting counter
+netdev egress_eth0 { type filter hook egress device "eth0" priority filter; policy drop; }
+netdev egress_eth0 meta mark 0x7076706e accept
+netdev egress_eth0 arp saddr ip 10.255.255.1 drop
+netdev egress_eth0 icmpv6 type nd-neighbor-advert @th,64,128 0xfd707670006e00000000000000000001 drop
+netdev egress_eth0 meta protocol arp accept
+netdev egress_eth0 meta protocol 0x888e accept
+netdev egress_eth0 meta protocol 0x8809 accept
+netdev egress_eth0 meta protocol 0x0004 accept
+netdev egress_eth0 meta protocol 0x8863 accept
+netdev egress_eth0 meta protocol 0x8864 accept
+netdev egress_eth0 meta skuid 13 accept
+netdev egress_eth0 ip daddr 192.168.7.0/24 accept
+netdev egress_eth0 ip6 daddr fd70:7670:6e::/64 accept
+netdev egress_eth0 ip daddr 9.9.9.9 udp dport 53 accept
+netdev egress_eth0 ip daddr 9.9.9.9 tcp dport 53 accept
+netdev egress_eth0 meta protocol ip udp sport 68 udp dport 67 accept
+netdev egress_eth0 meta protocol ip6 udp sport 546 udp dport 547 accept
+netdev egress_eth0 icmpv6 type nd-router-solicit accept
+netdev egress_eth0 icmpv6 type nd-neighbor-solicit accept
+netdev egress_eth0 icmpv6 type nd-neighbor-advert accept
+netdev egress_eth0 counter
 "#;
         let allowed = r#"CHAIN oifname "lo" accept
 CHAIN oifname "pvpn0" accept
 CHAIN meta mark 0x7076706e accept
+CHAIN icmpv6 type nd-neighbor-advert @th,64,128 0xfd707670006e00000000000000000001 drop
 CHAIN meta skuid 13 accept
 CHAIN ip daddr 192.168.7.0/24 accept
 CHAIN ip6 daddr fd70:7670:6e::/64 accept
@@ -255,67 +425,119 @@ CHAIN meta nfproto ipv6 udp sport 546 udp dport 547 accept
 CHAIN icmpv6 type nd-router-solicit accept
 CHAIN icmpv6 type nd-neighbor-solicit accept
 CHAIN icmpv6 type nd-neighbor-advert accept"#;
+        let services = r#"CHAIN oifname "docker0" meta nfproto ipv4 udp sport 67 udp dport 68 accept
+CHAIN oifname "docker0" meta nfproto ipv6 udp sport 547 udp dport 546 accept
+CHAIN oifname "docker0" udp sport 53 accept
+CHAIN oifname "docker0" icmp type destination-unreachable accept
+CHAIN oifname "docker0" icmpv6 type destination-unreachable accept
+CHAIN oifname "docker0" icmpv6 type packet-too-big accept
+CHAIN oifname "docker0" icmpv6 type nd-router-advert accept"#;
         let want = ["filter_output", "postrouting"].iter().fold(want.trim().to_owned(), |text, chain| {
             text.replace(&format!("ALLOWED {chain}"), &allowed.replace("CHAIN", chain))
+                .replace(&format!("SERVICES {chain}"), &services.replace("CHAIN", chain))
         });
-        let want: Vec<String> = want.lines().map(|line| format!("inet proxyvpn {line}")).collect();
-        assert_eq!(compile(&desired(), &sessions).lines(), want);
+        let full = |line: &str| match line.strip_prefix("netdev ") {
+            Some(line) => format!("netdev proxyvpn {line}"),
+            None => format!("inet proxyvpn {line}"),
+        };
+        let want: Vec<String> = want.lines().map(full).collect();
+        assert_eq!(compile(&desired(), &sessions, &devices()).lines(), want);
     }
 
     #[test]
     fn each_switch_takes_its_rules_away() {
-        let chains = |desired: &Desired| -> Vec<&str> { compile(desired, &[]).chains.iter().map(|c| c.name).collect() };
-        let has = |desired: &Desired, text: &str| compile(desired, &[]).lines().iter().any(|l| l.contains(text));
+        let chains = |desired: &Desired| -> Vec<String> {
+            compile(desired, &[], &devices()).chains.into_iter().map(|chain| chain.name).collect()
+        };
+        let has =
+            |desired: &Desired, text: &str| compile(desired, &[], &devices()).lines().iter().any(|l| l.contains(text));
         let base = desired();
         let off = Desired { killswitch: false, ..base.clone() };
-        assert_eq!(chains(&off), ["prerouting", "input", "output"]);
+        assert_eq!(chains(&off), ["prerouting", "input", "output", "egress_eth0"]);
         let blocked = Desired { tunnel: None, ..base.clone() };
-        assert_eq!(chains(&blocked), ["prerouting", "output", "forward", "filter_output", "postrouting"]);
+        assert_eq!(
+            chains(&blocked),
+            ["prerouting", "output", "forward", "filter_output", "postrouting", "egress_eth0"]
+        );
         assert!(has(&base, "pvpn0") && !has(&blocked, "pvpn0"));
         let silent = Desired { inbound_replies: false, ..base.clone() };
-        assert!(has(&base, "ct direction reply") && !has(&silent, "ct direction reply"));
+        assert!(has(&base, "ct mark 0x7076706e meta mark") && !has(&silent, "ct mark 0x7076706e meta mark"));
         assert!(has(&base, "prerouting tcp flags") && !has(&silent, "prerouting tcp flags"));
         assert!(has(&silent, "fib daddr type local"));
-        let least = Desired {
-            tunnel: None,
-            exceptions: Exceptions::default(),
-            killswitch: false,
-            inbound_replies: false,
-            ..base.clone()
-        };
+        // Containers get their answers all the same.
+        assert!(
+            has(&silent, "prerouting iifname \"docker0\" tcp flags")
+                && has(&silent, "ct mark 0x70767070 meta mark set")
+        );
+        let least = least();
         assert_eq!(chains(&least), ["prerouting", "output"]);
         assert!(has(&least, "meta mark 0x7076706e ct timeout set"));
     }
 
     #[test]
+    fn forwarded_traffic_goes_into_the_tunnel_or_nowhere() {
+        let tunnel = Desired { forward: Forward::Tunnel, ..desired() };
+        let lines = |desired: &Desired| compile(desired, &[], &devices()).lines();
+        let only: Vec<_> = lines(&tunnel).into_iter().filter(|line| !lines(&desired()).contains(line)).collect();
+        let want = r#"
+prerouting ip daddr 9.9.9.9 tcp dport 53 meta mark set 0x7076706e
+prerouting ip saddr 9.9.9.9 tcp sport 53 ct direction reply meta mark set 0x7076706e
+forward oifname "pvpn0" meta l4proto tcp ct state new ct timeout set "tunnelled"
+forward oifname "pvpn0" meta l4proto tcp accept
+forward iifname "pvpn0" meta l4proto tcp ct direction reply meta mark set 0x7076706e
+forward iifname "pvpn0" meta l4proto tcp ct direction reply accept
+forward ip daddr 9.9.9.9 udp dport 53 accept
+forward ip daddr 9.9.9.9 tcp dport 53 accept
+forward ip saddr 9.9.9.9 udp sport 53 ct direction reply meta mark set 0x7076706e
+forward ip saddr 9.9.9.9 udp sport 53 ct direction reply accept
+forward ip saddr 9.9.9.9 tcp sport 53 ct direction reply meta mark set 0x7076706e
+forward ip saddr 9.9.9.9 tcp sport 53 ct direction reply accept
+forward meta l4proto udp reject with icmpx port-unreachable
+forward reject with icmpx admin-prohibited"#;
+        let want: Vec<_> = want.trim().lines().map(|line| format!("inet proxyvpn {line}")).collect();
+        assert_eq!(only, want);
+        // Without a tunnel TCP has no route.
+        let blocked = lines(&Desired { tunnel: None, ..tunnel });
+        assert!(
+            !blocked.iter().any(|line| line.contains("forward oifname \"pvpn0\"") || line.contains("prerouting ip"))
+        );
+        // Without the kill switch it is steered as well, so what comes back has to find its way.
+        let off = lines(&Desired { killswitch: false, ..desired() });
+        assert!(
+            off.iter().any(|line| line.contains("prerouting ip daddr"))
+                && !off.iter().any(|line| line.contains(" forward "))
+        );
+    }
+
+    #[test]
     fn without_timeouts_nothing_else_changes() {
         for desired in [desired(), Desired { killswitch: false, ..desired() }] {
-            let (with, without) = (compile(&desired, &[]), compile(&desired, &[]).without_timeout());
+            let (with, without) =
+                (compile(&desired, &[], &devices()), compile(&desired, &[], &devices()).without_timeout());
             let rest: Vec<_> = with.lines().into_iter().filter(|line| !line.contains("ct timeout")).collect();
             assert_eq!(with.lines().len() - rest.len(), 3);
             assert_eq!(without.lines(), rest);
         }
-        let least = Desired {
-            tunnel: None,
-            exceptions: Exceptions::default(),
-            killswitch: false,
-            inbound_replies: false,
-            ..desired()
-        };
-        let names: Vec<_> = compile(&least, &[]).without_timeout().chains.iter().map(|chain| chain.name).collect();
+        let least = least();
+        let names: Vec<_> = compile(&least, &[], &Devices::default())
+            .without_timeout()
+            .chains
+            .into_iter()
+            .map(|chain| chain.name)
+            .collect();
         assert_eq!(names, ["prerouting"]);
     }
 
     #[test]
     fn nothing_passes_because_it_is_established() {
-        let lines = compile(&desired(), &[]).lines().join("\n");
+        let lines = compile(&desired(), &[], &devices()).lines().join("\n");
         assert!(!lines.contains("established") && !lines.contains("related"), "{lines}");
     }
 
     #[test]
     fn sessions_are_bounded() {
         let many: Vec<_> = (0..u16::MAX).map(|p| session("192.0.2.1:22", &format!("192.0.2.2:{p}"))).collect();
-        let rules = |sessions: &[_]| compile(&desired(), sessions).lines().len();
+        let rules = |sessions: &[_]| compile(&desired(), sessions, &devices()).lines().len();
         assert_eq!(rules(&many) - rules(&[]), MAX_SESSIONS);
     }
 
@@ -324,8 +546,8 @@ CHAIN icmpv6 type nd-neighbor-advert accept"#;
         for name in ["", "pvpn*", "pvpn+", "a\" accept; #", "-j", "a b", "0123456789abcdef", "tün"] {
             let mut desired = desired();
             desired.tunnel.iter_mut().for_each(|t| t.name = name.to_owned());
-            assert!(compile(&desired, &[]).check().is_err(), "{name:?}");
+            assert!(compile(&desired, &[], &devices()).check().is_err(), "{name:?}");
         }
-        assert!(compile(&desired(), &[]).check().is_ok());
+        assert!(compile(&desired(), &[], &devices()).check().is_ok());
     }
 }

@@ -63,6 +63,14 @@ pub enum Error {
         /// The limit.
         seconds: u64,
     },
+    /// The kernel has no nf_tables, and the profile does not allow the fall-back.
+    #[error(
+        "nf_tables can't be used here, and iptables in its place would lose: {lost}. Load the kernel module nf_tables, or allow it: iptables-fallback = true in [protect] of the profile"
+    )]
+    FallbackNotAllowed {
+        /// What iptables does not promise.
+        lost: String,
+    },
     /// Neither the kernel's own interface nor a program can be used.
     #[error("no firewall can be set, so nothing could be protected: {tried}. {advice}")]
     Unavailable {

@@ -165,12 +165,15 @@ fn line(rule: &Rule, family: Family) -> Option<String> {
             Match::CtReply => write!(line, " -m conntrack --ctdir REPLY"),
             Match::ToLocal => write!(line, " -m addrtype --dst-type LOCAL"),
             Match::Family(_) | Match::Protocol(_) => Ok(()),
+            // Of chains that iptables does not have, or beyond it.
+            Match::EtherType(_) | Match::ArpSender(_) | Match::NdTarget(_) => return None,
             Match::Syn => write!(line, " --tcp-flags FIN,SYN,RST,ACK SYN"),
             Match::NotSyn => write!(line, " ! --tcp-flags FIN,SYN,RST,ACK SYN"),
             Match::Source(net) => write!(line, " -s {}", Short(net)),
             Match::Destination(net) => write!(line, " -d {}", Short(net)),
             Match::SourcePort(_, port) => write!(line, " --sport {port}"),
             Match::DestinationPort(_, port) => write!(line, " --dport {port}"),
+            Match::IcmpType(kind) => write!(line, " -m icmp --icmp-type {kind}"),
             Match::Icmp6Type(kind) => write!(line, " -m icmp6 --icmpv6-type {kind}"),
             Match::User(uid) => write!(line, " -m owner --uid-owner {uid}"),
         };
@@ -179,7 +182,7 @@ fn line(rule: &Rule, family: Family) -> Option<String> {
     let target = match rule.action {
         // Every rule counts. Timeouts are a matter of another program (nfct(8)).
         Action::Count | Action::SetTimeout(_) => return None,
-        Action::SetMark => format!("MARK --set-xmark {MARK:#x}/0xffffffff"),
+        Action::SetMark(mark) => format!("MARK --set-xmark {mark:#x}/0xffffffff"),
         Action::SetCtMark(mark) => format!("CONNMARK --set-xmark {mark:#x}/0xffffffff"),
         // There is no lock where there is no nf_tables.
         Action::Accept | Action::Pass => "RETURN".to_owned(),
@@ -263,11 +266,14 @@ impl Installed {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::net::firewall::compile::{compile, tests::desired};
+    use crate::net::firewall::compile::{
+        compile,
+        tests::{desired, devices},
+    };
 
     #[test]
     fn each_ip_version_gets_its_rules_and_older_jumps_go() {
-        let ruleset = compile(&desired(), &[]);
+        let ruleset = compile(&desired(), &[], &devices());
         let v4 = script(&ruleset, Family::V4, |_, builtin, _| usize::from(builtin == "FORWARD") * 2);
         let v6 = script(&ruleset, Family::V6, |_, _, _| 0);
         for line in [
@@ -300,7 +306,7 @@ mod tests {
 
     #[test]
     fn any_difference_is_seen() {
-        let ruleset = compile(&desired(), &[]);
+        let ruleset = compile(&desired(), &[], &devices());
         let text = script(&ruleset, Family::V4, |_, _, _| 0);
         // What `iptables -S` says of it: only how rules are written differs.
         let listed = |text: &str| {

@@ -5,13 +5,13 @@ use std::net::SocketAddr;
 use std::os::fd::OwnedFd;
 
 use super::MAX_SESSIONS;
-use super::compile::{PRIORITY_FILTER, PRIORITY_LAST, PRIORITY_MANGLE, allowed, canonical, chain, rule};
+use super::compile::{PRIORITY_FILTER, PRIORITY_LAST, PRIORITY_MANGLE, canonical, chain, leaving, rule};
 use super::error::Error;
 use super::netlink::Netlink;
 use super::rules::{Action, Hook, Kind, Match, Policy, Protocol, Rule, Ruleset};
-use crate::net::Keep;
-use crate::net::desired::{Desired, Exceptions, Locked, MARK};
+use crate::net::desired::{Desired, Exceptions, Forward, Locked, MARK};
 use crate::net::lock::State;
+use crate::net::{Devices, Keep};
 
 /// How far behind our table, which tells the lock what it let through.
 const BEHIND: i32 = 10;
@@ -35,7 +35,9 @@ pub(super) fn lock(sessions: &[(SocketAddr, SocketAddr)]) -> Ruleset {
     output.push(rule(vec![], Action::RejectProhibited));
     let mut last = open(&sessions);
     last.push(rule(vec![], Action::Count));
-    let forward = vec![rule(vec![Match::Passed], Action::Accept), rule(vec![], Action::Count)];
+    // What comes back for those behind this machine carries our mark.
+    let passed = [Match::Passed, Match::Mark].map(|mark| rule(vec![mark], Action::Accept));
+    let forward = passed.into_iter().chain([rule(vec![], Action::Count)]).collect();
     let filter = |name, hook, priority, policy, rules| chain(name, Kind::Filter, hook, priority, policy, rules);
     let chains = vec![
         filter("prerouting", Hook::Prerouting, PRIORITY_MANGLE, Policy::Accept, outside),
@@ -54,8 +56,10 @@ fn open(sessions: &[Rule]) -> Vec<Rule> {
         killswitch: true,
         inbound_replies: true,
         locked: Locked::No,
+        forward: Forward::Block,
+        iptables_fallback: false,
     };
-    let mut rules = allowed(&nothing);
+    let mut rules = leaving(&nothing, &Devices::default());
     rules.push(rule(vec![Match::Passed], Action::Accept));
     rules.push(rule(vec![Match::CtReply, Match::CtMark(MARK)], Action::Accept));
     rules.extend_from_slice(sessions);

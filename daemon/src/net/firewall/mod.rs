@@ -20,7 +20,7 @@ mod program;
 mod rules;
 mod text;
 
-pub use backend::{Backend, Owner, Timeouts};
+pub use backend::{Abilities, Backend, Owner};
 pub use compile::{BYPASS_CT_MARK, MAX_SESSIONS, compile};
 pub use error::Error;
 pub use iptables::Programs;

@@ -6,7 +6,7 @@ use super::{
     error::Error,
     program::run,
     rules::{Policy, Ruleset},
-    text::Base,
+    text::{Base, REMOVAL},
 };
 use crate::net::desired::NFT_TABLE;
 
@@ -23,18 +23,29 @@ pub(super) fn apply(nft: &Path, ruleset: &Ruleset) -> Result<(), Error> {
 
 /// Compares what is there with these rules; [`Error::Differs`] if that is not the same.
 pub(super) fn verify(nft: &Path, ruleset: &Ruleset) -> Result<(), Error> {
-    compare(ruleset, &run(nft, &["list", "table", "inet", NFT_TABLE], "")?)
+    let mut listing = run(nft, &["list", "table", "inet", NFT_TABLE], "")?;
+    // There is none where no device leads out.
+    if tables(nft)?.contains(&"netdev") {
+        listing += &run(nft, &["list", "table", "netdev", NFT_TABLE], "")?;
+    }
+    compare(ruleset, &listing)
 }
 
-/// Removes the table; none is fine.
+/// Removes the tables; none is fine.
 pub(super) fn remove(nft: &Path) -> Result<(), Error> {
-    run(nft, &["-f", "-"], &format!("table inet {NFT_TABLE}\ndelete table inet {NFT_TABLE}\n")).map(|_| ())
+    run(nft, &["-f", "-"], REMOVAL).map(|_| ())
 }
 
-/// Whether the table is there.
+/// Whether a table is there.
 pub(super) fn present(nft: &Path) -> Result<bool, Error> {
+    tables(nft).map(|families| !families.is_empty())
+}
+
+/// Families of our tables that are there.
+fn tables(nft: &Path) -> Result<Vec<&'static str>, Error> {
     let tables = run(nft, &["list", "tables"], "")?;
-    Ok(tables.lines().any(|line| line.trim() == format!("table inet {NFT_TABLE}")))
+    let there = |family: &&str| tables.lines().any(|line| line.trim() == format!("table {family} {NFT_TABLE}"));
+    Ok(["inet", "netdev"].into_iter().filter(there).collect())
 }
 
 /// Compares objects by their names, chains, their hooks and policies, and the number of rules: the text of a rule differs
@@ -47,6 +58,7 @@ fn compare(ruleset: &Ruleset, listing: &str) -> Result<(), Error> {
         } else if let Some((_, base, rules)) = have.last_mut() {
             match line {
                 "" | "}" => {}
+                _ if line.starts_with("table ") => {}
                 _ if line.starts_with("type ") => *base = line,
                 _ => *rules += 1,
             }
@@ -83,11 +95,11 @@ fn compare(ruleset: &Ruleset, listing: &str) -> Result<(), Error> {
 #[allow(clippy::unwrap_used, reason = "a test fails by a panic")]
 mod tests {
     use super::*;
-    use crate::net::firewall::compile::tests::desired;
+    use crate::net::firewall::compile::tests::{desired, devices};
 
     #[test]
     fn a_listing_that_differs_is_an_error() {
-        let ruleset = super::super::compile(&desired(), &[]);
+        let ruleset = super::super::compile(&desired(), &[], &devices());
         let script = ruleset.script();
         let listing = script.split_once("delete table inet proxyvpn\n").unwrap().1;
         compare(&ruleset, listing).unwrap();

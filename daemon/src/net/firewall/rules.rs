@@ -1,11 +1,13 @@
 //! The rules as a value. Each kind of match and action is one that nftables and iptables both have, but for
-//! [`Action::SetTimeout`], which nftables alone has and which the rules can do without.
+//! [`Action::SetTimeout`], [`Match::NdTarget`] and the chains of [`Hook::Egress`], which nftables alone has and which the rules
+//! can do without.
 
-use std::net::{IpAddr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 use ipnet::IpNet;
 
 use super::error::Error;
+use crate::net::devices::is_plain;
 
 /// Every rule of the firewall, ready to be sent. Made by [`compile`](super::compile()).
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -25,10 +27,10 @@ pub(super) struct Timeout {
     pub(super) time_wait: u32,
 }
 
-/// A base chain of the table `inet proxyvpn`.
+/// A base chain of the table `inet proxyvpn`, or `netdev proxyvpn` for [`Hook::Egress`].
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Chain {
-    pub(super) name: &'static str,
+    pub(super) name: String,
     pub(super) kind: Kind,
     pub(super) hook: Hook,
     pub(super) priority: i32,
@@ -44,13 +46,15 @@ pub(super) enum Kind {
 }
 
 /// Where in the kernel's path a chain stands.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum Hook {
     Prerouting,
     Input,
     Forward,
     Output,
     Postrouting,
+    /// At the exit of the device with this name, where every frame comes through whoever made it.
+    Egress(String),
 }
 
 /// What becomes of a packet that no rule decided.
@@ -79,6 +83,7 @@ pub(super) enum Family {
 pub(super) enum Protocol {
     Tcp,
     Udp,
+    Icmp,
     Icmp6,
 }
 
@@ -102,6 +107,10 @@ pub(super) enum Match {
     /// Is addressed to this machine itself (not broadcast or multicast).
     ToLocal,
     Family(Family),
+    /// EtherType of the frame, at the exit of a device.
+    EtherType(u16),
+    /// ARP that says that the sender has this address (RFC 826).
+    ArpSender(Ipv4Addr),
     Protocol(Protocol),
     /// TCP: of FIN, SYN, RST and ACK only SYN is set.
     Syn,
@@ -111,8 +120,12 @@ pub(super) enum Match {
     Destination(IpNet),
     SourcePort(Protocol, u16),
     DestinationPort(Protocol, u16),
-    /// ICMPv6 type (RFC 4861).
+    /// ICMP type (RFC 792).
+    IcmpType(u8),
+    /// ICMPv6 type (RFC 4443, RFC 4861).
     Icmp6Type(u8),
+    /// A neighbour advertisement for this address (RFC 4861).
+    NdTarget(Ipv6Addr),
     /// Sent by a socket of this local user.
     User(u32),
 }
@@ -120,8 +133,8 @@ pub(super) enum Match {
 /// What is done to a packet.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Action {
-    /// Set our mark, and go on.
-    SetMark,
+    /// Set the packet's mark, and go on.
+    SetMark(u32),
     /// Set the connection's mark, and go on.
     SetCtMark(u32),
     /// Give the connection the timeout with this name if it is a new one, and go on.
@@ -141,13 +154,21 @@ pub(super) enum Action {
     RejectProhibited,
 }
 
+impl Chain {
+    /// Stands in the table `netdev proxyvpn`.
+    pub(super) const fn is_egress(&self) -> bool {
+        matches!(self.hook, Hook::Egress(_))
+    }
+}
+
 impl Rule {
     /// The IP version that the rule is limited to.
     pub(super) fn family(&self) -> Option<Family> {
         self.matches.iter().find_map(|m| match m {
             Match::Family(family) => Some(*family),
             Match::Source(net) | Match::Destination(net) => Some(Family::of(net.addr())),
-            Match::Protocol(Protocol::Icmp6) | Match::Icmp6Type(_) => Some(Family::V6),
+            Match::Protocol(Protocol::Icmp) | Match::IcmpType(_) => Some(Family::V4),
+            Match::Protocol(Protocol::Icmp6) | Match::Icmp6Type(_) | Match::NdTarget(_) => Some(Family::V6),
             _ => None,
         })
     }
@@ -166,7 +187,8 @@ impl Match {
                 Some(*protocol)
             }
             Self::Syn | Self::NotSyn => Some(Protocol::Tcp),
-            Self::Icmp6Type(_) => Some(Protocol::Icmp6),
+            Self::IcmpType(_) => Some(Protocol::Icmp),
+            Self::Icmp6Type(_) | Self::NdTarget(_) => Some(Protocol::Icmp6),
             _ => None,
         }
     }
@@ -206,18 +228,25 @@ impl Ruleset {
         Self::new(None, chains)
     }
 
-    /// Refuses device names that nft or iptables would read as a pattern or as syntax. The kernel allows more names than
-    /// we do (netdevice(7)): ours are letters, digits, `.`, `_` and `-`.
+    /// The same for a kernel or a program without chains at the exit of a device.
+    pub(super) fn without_egress(&self) -> Self {
+        let chains = self.chains.iter().filter(|chain| !chain.is_egress());
+        Self::new(self.timeout, chains.cloned().collect())
+    }
+
+    /// Whether there is a chain of the table `netdev proxyvpn`.
+    pub(super) fn has_egress(&self) -> bool {
+        self.chains.iter().any(Chain::is_egress)
+    }
+
+    /// Refuses device names that nft or iptables would read as a pattern or as syntax.
     pub(super) fn check(&self) -> Result<(), Error> {
-        for rule in self.chains.iter().flat_map(|chain| &chain.rules) {
-            for m in &rule.matches {
-                let (Match::Iif(name) | Match::Oif(name)) = m else { continue };
-                let known = name.bytes().all(|b| b.is_ascii_alphanumeric() || b"._-".contains(&b));
-                if name.is_empty() || name.len() > 15 || name.starts_with('-') || !known {
-                    return Err(Error::Device(name.clone()));
-                }
-            }
-        }
-        Ok(())
+        let mut devices = self.chains.iter().flat_map(|chain| {
+            let matches = chain.rules.iter().flat_map(|rule| &rule.matches);
+            let named =
+                matches.filter_map(|m| if let Match::Iif(name) | Match::Oif(name) = m { Some(name) } else { None });
+            named.chain(if let Hook::Egress(name) = &chain.hook { Some(name) } else { None })
+        });
+        devices.find(|name| !is_plain(name)).map_or(Ok(()), |name| Err(Error::Device(name.clone())))
     }
 }

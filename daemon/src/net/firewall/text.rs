@@ -16,27 +16,51 @@ impl Ruleset {
     pub fn lines(&self) -> Vec<String> {
         let mut lines: Vec<String> = self.timeout.iter().map(|timeout| format!("inet {NFT_TABLE} {timeout}")).collect();
         for chain in &self.chains {
-            lines.push(format!("inet {NFT_TABLE} {} {{ {} }}", chain.name, Base(chain)));
-            lines.extend(chain.rules.iter().map(|rule| format!("inet {NFT_TABLE} {} {rule}", chain.name)));
+            lines.push(format!("{} {{ {} }}", chain.label(), Base(chain)));
+            lines.extend(chain.rules.iter().map(|rule| format!("{} {}", chain.label(), chain.text(rule))));
         }
         lines
     }
 
     /// A script for `nft -f`: puts this firewall in place of an older one, in one transaction.
     pub fn script(&self) -> String {
-        // Adding before deleting makes the deletion succeed also when there is no table yet.
-        let mut script = format!("table inet {NFT_TABLE}\ndelete table inet {NFT_TABLE}\ntable inet {NFT_TABLE} {{\n");
-        if let Some(timeout) = &self.timeout {
-            script += &format!("\t{timeout}\n");
+        let (egress, others): (Vec<_>, Vec<_>) = self.chains.iter().partition(|chain| chain.is_egress());
+        let timeout = self.timeout.iter().map(|timeout| format!("\t{timeout}\n")).collect::<String>();
+        let mut script = format!("{REMOVAL}table inet {NFT_TABLE} {{\n{timeout}{}}}\n", body(&others));
+        if !egress.is_empty() {
+            script += &format!("table netdev {NFT_TABLE} {{\n{}}}\n", body(&egress));
         }
-        for chain in &self.chains {
-            script += &format!("\tchain {} {{\n\t\t{}\n", chain.name, Base(chain));
-            for rule in &chain.rules {
-                script += &format!("\t\t{rule}\n");
-            }
-            script += "\t}\n";
-        }
-        script + "}\n"
+        script
+    }
+}
+
+/// A script for `nft -f` that removes our tables. Adding before deleting makes it succeed also when there are none.
+pub(super) const REMOVAL: &str = "table inet proxyvpn\ndelete table inet proxyvpn\n\
+                                  table netdev proxyvpn\ndelete table netdev proxyvpn\n";
+
+fn body(chains: &[&Chain]) -> String {
+    let text = |chain: &&Chain| {
+        let rules = chain.rules.iter().map(|rule| format!("\t\t{}\n", chain.text(rule))).collect::<String>();
+        format!("\tchain {} {{\n\t\t{}\n{rules}\t}}\n", chain.name, Base(chain))
+    };
+    chains.iter().map(text).collect()
+}
+
+impl Chain {
+    /// Family, table and name.
+    pub(super) fn label(&self) -> String {
+        format!("{} {NFT_TABLE} {}", if self.is_egress() { "netdev" } else { "inet" }, self.name)
+    }
+
+    /// A rule of this chain.
+    pub(super) fn text(&self, rule: &Rule) -> String {
+        let matches = rule.matches.iter().map(|m| match m {
+            // A frame has no IP version before somebody looks into it.
+            Match::Family(Family::V4) if self.is_egress() => "meta protocol ip ".to_owned(),
+            Match::Family(Family::V6) if self.is_egress() => "meta protocol ip6 ".to_owned(),
+            other => format!("{other} "),
+        });
+        format!("{}{}", matches.collect::<String>(), rule.action)
     }
 }
 
@@ -75,6 +99,7 @@ impl Display for Base<'_> {
 impl Display for Hook {
     fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
+            Self::Egress(device) => return write!(f, "egress device \"{device}\""),
             Self::Prerouting => "prerouting",
             Self::Input => "input",
             Self::Forward => "forward",
@@ -84,20 +109,12 @@ impl Display for Hook {
     }
 }
 
-impl Display for Rule {
-    fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
-        for m in &self.matches {
-            write!(f, "{m} ")?;
-        }
-        write!(f, "{}", self.action)
-    }
-}
-
 impl Display for Protocol {
     fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Self::Tcp => "tcp",
             Self::Udp => "udp",
+            Self::Icmp => "icmp",
             Self::Icmp6 => "ipv6-icmp",
         })
     }
@@ -116,6 +133,9 @@ impl Display for Match {
             Self::ToLocal => f.write_str("fib daddr type local"),
             Self::Family(Family::V4) => f.write_str("meta nfproto ipv4"),
             Self::Family(Family::V6) => f.write_str("meta nfproto ipv6"),
+            Self::EtherType(0x0806) => f.write_str("meta protocol arp"),
+            Self::EtherType(kind) => write!(f, "meta protocol {kind:#06x}"),
+            Self::ArpSender(address) => write!(f, "arp saddr ip {address}"),
             Self::Protocol(protocol) => write!(f, "meta l4proto {protocol}"),
             Self::Syn => f.write_str("tcp flags & (fin|syn|rst|ack) == syn"),
             Self::NotSyn => f.write_str("tcp flags & (fin|syn|rst|ack) != syn"),
@@ -123,10 +143,17 @@ impl Display for Match {
             Self::Destination(net) => write!(f, "{} daddr {}", version(net), Short(net)),
             Self::SourcePort(protocol, port) => write!(f, "{protocol} sport {port}"),
             Self::DestinationPort(protocol, port) => write!(f, "{protocol} dport {port}"),
+            Self::IcmpType(3) => f.write_str("icmp type destination-unreachable"),
+            Self::IcmpType(kind) => write!(f, "icmp type {kind}"),
+            Self::Icmp6Type(1) => f.write_str("icmpv6 type destination-unreachable"),
+            Self::Icmp6Type(2) => f.write_str("icmpv6 type packet-too-big"),
+            Self::Icmp6Type(134) => f.write_str("icmpv6 type nd-router-advert"),
             Self::Icmp6Type(133) => f.write_str("icmpv6 type nd-router-solicit"),
             Self::Icmp6Type(135) => f.write_str("icmpv6 type nd-neighbor-solicit"),
             Self::Icmp6Type(136) => f.write_str("icmpv6 type nd-neighbor-advert"),
             Self::Icmp6Type(kind) => write!(f, "icmpv6 type {kind}"),
+            // Behind type, code, checksum and flags (RFC 4861 section 4.4); older versions of nft have no name for it.
+            Self::NdTarget(address) => write!(f, "@th,64,128 {:#x}", address.to_bits()),
             Self::User(uid) => write!(f, "meta skuid {uid}"),
         }
     }
@@ -135,7 +162,7 @@ impl Display for Match {
 impl Display for Action {
     fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
         match self {
-            Self::SetMark => write!(f, "meta mark set {MARK:#010x}"),
+            Self::SetMark(mark) => write!(f, "meta mark set {mark:#010x}"),
             Self::SetCtMark(mark) => write!(f, "ct mark set {mark:#010x}"),
             Self::SetTimeout(name) => write!(f, "ct timeout set \"{name}\""),
             Self::Count => f.write_str("counter"),

@@ -1,8 +1,10 @@
 //! One transaction: all or nothing (nfnetlink's `NFNL_MSG_BATCH_BEGIN` … `END`).
 
-use std::ffi::CString;
+use std::ffi::{CStr, CString};
 
-use nftnl::{Batch, Chain as NftChain, ChainType, Hook as NftHook, MsgType, NlMsg, Policy as NftPolicy, Rule, Table};
+use nftnl::{
+    Batch, Chain as NftChain, ChainType, Hook as NftHook, MsgType, NlMsg, Policy as NftPolicy, ProtoFamily, Rule, Table,
+};
 
 use super::{
     lower,
@@ -14,6 +16,18 @@ use crate::net::{
     firewall::rules::{Chain, Hook, Kind, Policy, Ruleset},
     firewall::text::Base,
 };
+
+/// The tables of one name in both families.
+pub(super) struct Tables {
+    inet: Table,
+    netdev: Table,
+}
+
+impl Tables {
+    pub(super) fn new(name: &CStr) -> Self {
+        Self { inet: Table::new(name, ProtoFamily::Inet), netdev: Table::new(name, ProtoFamily::NetDev) }
+    }
+}
 
 /// Messages, each with what it says in nft notation.
 #[derive(Default)]
@@ -31,25 +45,28 @@ impl Transaction {
     }
 
     /// Adds all objects, chains and rules; without `hooked` no packet comes through them.
-    pub(super) fn add_ruleset(&mut self, table: &Table, ruleset: &Ruleset, hooked: bool) {
+    pub(super) fn add_ruleset(&mut self, tables: &Tables, ruleset: &Ruleset, hooked: bool) {
         if let Some(timeout) = &ruleset.timeout {
-            let message = Raw(timeout::add(table.get_name(), timeout));
+            let message = Raw(timeout::add(tables.inet.get_name(), timeout));
             self.add(&message, MsgType::Add, format!("inet {NFT_TABLE} {timeout}"));
         }
         for chain in &ruleset.chains {
-            let label = format!("inet {NFT_TABLE} {}", chain.name);
-            // A name without NUL: it is one of our constants.
-            let mut nft = NftChain::new(CString::new(chain.name).unwrap_or_default(), table);
-            if hooked {
+            let (label, egress) = (chain.label(), chain.is_egress());
+            let table = if egress { &tables.netdev } else { &tables.inet };
+            // A name without NUL: one of our constants, and the name of a device.
+            let mut nft = NftChain::new(CString::new(chain.name.as_str()).unwrap_or_default(), table);
+            // Whether there is such a hook shows only when one asks for it; for a transaction that ends without the chain
+            // no policy comes into force.
+            if hooked || egress {
                 hook(&mut nft, chain);
             }
             self.add(&nft, MsgType::Add, format!("{label} {{ {} }}", Base(chain)));
             for rule in &chain.rules {
                 let mut message = Rule::new(&nft);
-                for expr in lower::rule(rule) {
+                for expr in lower::rule(rule, egress) {
                     message.add_expr(&expr);
                 }
-                self.add(&message, MsgType::Add, format!("{label} {rule}"));
+                self.add(&message, MsgType::Add, format!("{label} {}", chain.text(rule)));
             }
         }
     }
@@ -61,7 +78,12 @@ impl Transaction {
 }
 
 fn hook(nft: &mut NftChain<'_>, chain: &Chain) {
-    let hook = match chain.hook {
+    let hook = match &chain.hook {
+        Hook::Egress(device) => {
+            nft.set_device(CString::new(device.as_str()).unwrap_or_default());
+            // NF_NETDEV_EGRESS has the number of NF_INET_LOCAL_IN (linux/netfilter.h).
+            NftHook::In
+        }
         Hook::Prerouting => NftHook::PreRouting,
         Hook::Input => NftHook::In,
         Hook::Forward => NftHook::Forward,

@@ -25,27 +25,35 @@ const CT_DIR_REPLY: u8 = 1;
 /// TCP flags (RFC 9293).
 const SYN: u8 = 0x02;
 const FIN_SYN_RST_ACK: u8 = 0x17;
+/// `ETH_P_ARP` (linux/if_ether.h).
+const ARP: u16 = 0x0806;
 /// Size of a device name, with NUL.
 const IFNAMSIZ: usize = 16;
 
 const EQUAL: i32 = libc::NFT_CMP_EQ;
 const DIFFERENT: i32 = libc::NFT_CMP_NEQ;
 
-/// The expressions of one rule, in order. The first that does not match ends it.
-pub(super) fn rule(rule: &Rule) -> Vec<Expr> {
+/// The expressions of one rule, in order. The first that does not match ends it. `egress`: it is about frames, at the exit
+/// of a device.
+pub(super) fn rule(rule: &Rule, egress: bool) -> Vec<Expr> {
     let mut list = vec![];
     // What the header fields below rest on: IP version and protocol, each once and first.
     if let Some(family) = rule.family() {
-        let family = match family {
-            Family::V4 => libc::NFPROTO_IPV4,
-            Family::V6 => libc::NFPROTO_IPV6,
+        let (family, kind) = match family {
+            Family::V4 => (libc::NFPROTO_IPV4, libc::ETH_P_IP),
+            Family::V6 => (libc::NFPROTO_IPV6, libc::ETH_P_IPV6),
         };
-        list.extend([meta(libc::NFT_META_NFPROTO), cmp(EQUAL, &[low_byte(family)])]);
+        if egress {
+            list.extend(ether_type(u16::try_from(kind).unwrap_or_default()));
+        } else {
+            list.extend([meta(libc::NFT_META_NFPROTO), cmp(EQUAL, &[low_byte(family)])]);
+        }
     }
     if let Some(protocol) = rule.protocol() {
         let protocol = match protocol {
             Protocol::Tcp => libc::IPPROTO_TCP,
             Protocol::Udp => libc::IPPROTO_UDP,
+            Protocol::Icmp => libc::IPPROTO_ICMP,
             Protocol::Icmp6 => libc::IPPROTO_ICMPV6,
         };
         list.extend([meta(libc::NFT_META_L4PROTO), cmp(EQUAL, &[low_byte(protocol)])]);
@@ -94,13 +102,22 @@ fn condition(m: &Match, list: &mut Vec<Expr>) {
         Match::DestinationPort(_, port) => {
             list.extend([payload(Header::Transport, 2, 2), cmp(EQUAL, &port.to_be_bytes())]);
         }
-        Match::Icmp6Type(kind) => list.extend([payload(Header::Transport, 0, 1), cmp(EQUAL, &[*kind])]),
+        Match::IcmpType(kind) | Match::Icmp6Type(kind) => {
+            list.extend([payload(Header::Transport, 0, 1), cmp(EQUAL, &[*kind])]);
+        }
+        Match::NdTarget(address) => list.extend([payload(Header::Transport, 8, 16), cmp(EQUAL, &address.octets())]),
+        Match::EtherType(kind) => list.extend(ether_type(*kind)),
+        // Behind types, lengths, operation and the sender's link address (RFC 826).
+        Match::ArpSender(address) => {
+            list.extend(ether_type(ARP));
+            list.extend([payload(Header::Network, 14, 4), cmp(EQUAL, &address.octets())]);
+        }
     }
 }
 
 fn action(action: Action, list: &mut Vec<Expr>) {
     match action {
-        Action::SetMark => list.extend(set_mark(MARK)),
+        Action::SetMark(mark) => list.extend(set_mark(mark)),
         Action::Pass => {
             list.extend(set_mark(PASSED));
             list.push(verdict(libc::NF_ACCEPT));
@@ -161,6 +178,10 @@ fn meta(key: i32) -> Expr {
 fn set_mark(mark: u32) -> [Expr; 2] {
     let key = (nf::NFTNL_EXPR_META_KEY, Value::U32(constant(libc::NFT_META_MARK)));
     [immediate(mark), Expr::new(c"meta", [key, (nf::NFTNL_EXPR_META_SREG, REGISTER)])]
+}
+
+fn ether_type(kind: u16) -> [Expr; 2] {
+    [meta(libc::NFT_META_PROTOCOL), cmp(EQUAL, &kind.to_be_bytes())]
 }
 
 fn ct(key: i32) -> Expr {

@@ -22,10 +22,14 @@ use std::{
     os::fd::{BorrowedFd, OwnedFd},
 };
 
-use nftnl::{MsgType, ProtoFamily, Table};
+use nftnl::{MsgType, ProtoFamily};
 use rustix::io::Errno;
 
-use self::{batch::Transaction, socket::Socket, sys::Raw};
+use self::{
+    batch::{Tables, Transaction},
+    socket::Socket,
+    sys::Raw,
+};
 use super::{error::Error, rules::Ruleset};
 
 /// [`NFT_TABLE`](crate::net::desired::NFT_TABLE) for C.
@@ -72,50 +76,60 @@ impl Netlink {
         self.socket.fd()
     }
 
-    /// Asks the kernel whether it would take these rules, and leaves nothing. The chains get no hook, so that no packet
-    /// can meet them.
+    /// Asks the kernel whether it would take these rules, and leaves nothing. Only chains at the exit of a device get their
+    /// hook, and no packet can meet the others.
     pub(super) fn probe(&mut self, ruleset: &Ruleset) -> Result<(), Error> {
         let mut transaction = Transaction::default();
-        add_table(&mut transaction, PROBE, self.owner);
-        transaction.add_ruleset(&Table::new(PROBE, ProtoFamily::Inet), ruleset, false);
-        delete_table(&mut transaction, PROBE);
+        for family in families(ruleset) {
+            add_table(&mut transaction, PROBE, family, self.owner);
+        }
+        transaction.add_ruleset(&Tables::new(PROBE), ruleset, false);
+        for family in families(ruleset) {
+            delete_table(&mut transaction, PROBE, family);
+        }
         self.socket.commit(transaction).map(|_| ())
     }
 
     /// Puts these rules in place of older ones, in one transaction, and compares what is then there.
     pub(super) fn apply(&mut self, ruleset: &Ruleset) -> Result<(), Error> {
         let sent = self.socket.commit(replacement(self.table, ruleset, self.owner))?;
-        self.read_back(&sent)
+        self.read_back(ruleset, &sent)
     }
 
     /// Compares what is there with these rules; [`Error::Differs`] if that is not the same.
     pub(super) fn verify(&mut self, ruleset: &Ruleset) -> Result<(), Error> {
         let (bytes, _) = replacement(self.table, ruleset, self.owner).finish();
         let sent: Vec<Vec<u8>> = socket::messages(&bytes).map(<[u8]>::to_vec).collect();
-        self.read_back(&sent)
+        self.read_back(ruleset, &sent)
     }
 
-    fn read_back(&mut self, sent: &[Vec<u8>]) -> Result<(), Error> {
-        if self.owner && self.owner_of_table()? != Some(self.socket.port()?) {
-            return Err(Error::Differs("the table does not belong to the daemon".to_owned()));
+    fn read_back(&mut self, ruleset: &Ruleset, sent: &[Vec<u8>]) -> Result<(), Error> {
+        let (mut chains, mut rules) = (vec![], vec![]);
+        for family in families(ruleset) {
+            if self.owner && self.owner_in(family)? != Some(self.socket.port()?) {
+                return Err(Error::Differs("the table does not belong to the daemon".to_owned()));
+            }
+            chains.extend(self.socket.request(request::chains(family))?);
+            rules.extend(self.socket.request(request::rules(self.table, family))?);
         }
-        let chains = self.socket.request(request::chains(ProtoFamily::Inet))?;
-        let rules = self.socket.request(request::rules(self.table))?;
         let objects = self.socket.request(request::objects(self.table))?;
         compare(self.table, sent, &chains, &rules, &objects)
     }
 
-    /// Removes the table; none is fine.
+    /// Removes the tables; none is fine.
     pub(super) fn remove(&mut self) -> Result<(), Error> {
         let mut transaction = Transaction::default();
-        add_table(&mut transaction, self.table, false);
-        delete_table(&mut transaction, self.table);
+        delete_tables(&mut transaction, self.table);
         self.socket.commit(transaction).map(|_| ())
     }
 
     /// Port of the netlink socket to which the table belongs, 0 if to none; `None` if there is no table.
     pub(super) fn owner_of_table(&mut self) -> Result<Option<u32>, Error> {
-        match self.socket.request(request::table(self.table)) {
+        self.owner_in(ProtoFamily::Inet)
+    }
+
+    fn owner_in(&mut self, family: ProtoFamily) -> Result<Option<u32>, Error> {
+        match self.socket.request(request::table(self.table, family)) {
             Ok(answer) => Ok(answer.iter().find_map(|message| table::owner(message))),
             Err(Error::Refused { source, .. }) if source.raw_os_error() == Some(Errno::NOENT.raw_os_error()) => {
                 Ok(None)
@@ -124,9 +138,10 @@ impl Netlink {
         }
     }
 
-    /// Whether the table is there.
+    /// Whether one of the tables is there.
     pub(super) fn present(&mut self) -> Result<bool, Error> {
-        self.owner_of_table().map(|owner| owner.is_some())
+        let inet = self.owner_of_table()?;
+        Ok(inet.is_some() || self.owner_in(ProtoFamily::NetDev)?.is_some())
     }
 
     /// Names of chains in iptables' own tables (`ip` and `ip6`) that start with `prefix`.
@@ -144,22 +159,40 @@ impl Netlink {
 /// These rules in place of older ones, whether the table had an owner or not. `owned`: it belongs to the sending socket.
 fn replacement(table: &CStr, ruleset: &Ruleset, owned: bool) -> Transaction {
     let mut transaction = Transaction::default();
-    add_table(&mut transaction, table, false);
-    delete_table(&mut transaction, table);
-    add_table(&mut transaction, table, owned);
-    transaction.add_ruleset(&Table::new(table, ProtoFamily::Inet), ruleset, true);
+    delete_tables(&mut transaction, table);
+    for family in families(ruleset) {
+        add_table(&mut transaction, table, family, owned);
+    }
+    transaction.add_ruleset(&Tables::new(table), ruleset, true);
     transaction
 }
 
-fn add_table(transaction: &mut Transaction, name: &CStr, owned: bool) {
-    let flags = if owned { " { flags owner; }" } else { "" };
-    let label = format!("table inet {}{flags}", name.to_string_lossy());
-    transaction.add(&Raw(table::add(name, ProtoFamily::Inet, owned)), MsgType::Add, label);
+/// Families of the tables that hold these rules.
+fn families(ruleset: &Ruleset) -> impl Iterator<Item = ProtoFamily> + use<> {
+    [ProtoFamily::Inet].into_iter().chain(ruleset.has_egress().then_some(ProtoFamily::NetDev))
 }
 
-fn delete_table(transaction: &mut Transaction, name: &CStr) {
-    let label = format!("delete table inet {}", name.to_string_lossy());
-    transaction.add(&Raw(table::delete(name, ProtoFamily::Inet)), MsgType::Del, label);
+fn add_table(transaction: &mut Transaction, name: &CStr, family: ProtoFamily, owned: bool) {
+    let flags = if owned { " { flags owner; }" } else { "" };
+    let label = format!("{}{flags}", label(name, family));
+    transaction.add(&Raw(table::add(name, family, owned)), MsgType::Add, label);
+}
+
+fn delete_table(transaction: &mut Transaction, name: &CStr, family: ProtoFamily) {
+    transaction.add(&Raw(table::delete(name, family)), MsgType::Del, format!("delete {}", label(name, family)));
+}
+
+/// Makes the deletion of both succeed also when there are none.
+fn delete_tables(transaction: &mut Transaction, name: &CStr) {
+    for family in [ProtoFamily::Inet, ProtoFamily::NetDev] {
+        add_table(transaction, name, family, false);
+        delete_table(transaction, name, family);
+    }
+}
+
+fn label(name: &CStr, family: ProtoFamily) -> String {
+    let family = if family == ProtoFamily::NetDev { "netdev" } else { "inet" };
+    format!("table {family} {}", name.to_string_lossy())
 }
 
 /// Compares objects, chains and rules that are installed, expression by expression, with those that were sent.
@@ -243,14 +276,17 @@ mod tests {
     use super::*;
     use crate::net::{
         desired::Desired,
-        firewall::{compile, compile::tests::desired, rules::Timeout},
+        firewall::{
+            compile,
+            compile::tests::{desired, devices},
+            rules::Timeout,
+        },
     };
 
     /// The messages of a transaction.
     fn messages(desired: &Desired) -> Vec<Vec<u8>> {
-        let table = Table::new(TABLE, ProtoFamily::Inet);
         let mut transaction = Transaction::default();
-        transaction.add_ruleset(&table, &compile(desired, &[]), true);
+        transaction.add_ruleset(&Tables::new(TABLE), &compile(desired, &[], &devices()), true);
         socket::messages(&transaction.finish().0).map(<[u8]>::to_vec).collect()
     }
 

@@ -11,9 +11,9 @@ const TYPE: u16 = 0x3fff;
 /// `struct nlmsghdr` and `struct nfgenmsg`.
 const HEADERS: usize = 20;
 
-/// One table of the family `inet`.
-pub(super) fn table(table: &CStr) -> Vec<u8> {
-    request(libc::NFT_MSG_GETTABLE, libc::NLM_F_ACK, ProtoFamily::Inet, Some(table))
+/// One table of a family.
+pub(super) fn table(table: &CStr, family: ProtoFamily) -> Vec<u8> {
+    request(libc::NFT_MSG_GETTABLE, libc::NLM_F_ACK, family, Some(table))
 }
 
 /// All chains of a family.
@@ -21,9 +21,9 @@ pub(super) fn chains(family: ProtoFamily) -> Vec<u8> {
     request(libc::NFT_MSG_GETCHAIN, libc::NLM_F_DUMP, family, None)
 }
 
-/// All rules of a table of the family `inet`.
-pub(super) fn rules(table: &CStr) -> Vec<u8> {
-    request(libc::NFT_MSG_GETRULE, libc::NLM_F_DUMP, ProtoFamily::Inet, Some(table))
+/// All rules of a table of a family.
+pub(super) fn rules(table: &CStr, family: ProtoFamily) -> Vec<u8> {
+    request(libc::NFT_MSG_GETRULE, libc::NLM_F_DUMP, family, Some(table))
 }
 
 /// All objects of a table of the family `inet`.

@@ -94,6 +94,8 @@ pub(super) struct Chain {
     pub(super) table: String,
     pub(super) name: String,
     kind: String,
+    /// Of a chain at the exit of a device.
+    device: String,
     hook: u32,
     priority: i32,
     policy: u32,
@@ -119,6 +121,7 @@ pub(super) fn chain(message: &[u8]) -> Option<Chain> {
             table: text(nf::nftnl_chain_get_str(chain, nf::NFTNL_CHAIN_TABLE as u16)),
             name: text(nf::nftnl_chain_get_str(chain, nf::NFTNL_CHAIN_NAME as u16)),
             kind: text(nf::nftnl_chain_get_str(chain, nf::NFTNL_CHAIN_TYPE as u16)),
+            device: text(nf::nftnl_chain_get_str(chain, nf::NFTNL_CHAIN_DEV as u16)),
             hook: nf::nftnl_chain_get_u32(chain, nf::NFTNL_CHAIN_HOOKNUM as u16),
             priority: nf::nftnl_chain_get_s32(chain, nf::NFTNL_CHAIN_PRIO as u16),
             policy: nf::nftnl_chain_get_u32(chain, nf::NFTNL_CHAIN_POLICY as u16),
