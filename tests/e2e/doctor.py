@@ -27,7 +27,7 @@ def outcome(checks, code, want, *words):
 @test("a machine and a proxy on which all is well")
 def well(lab):
     checks = doctor(lab, "--proxy-url", SQUID, PASSWORD, f"{lab.dir}/home/alice/password", code=OK)
-    for code in "capability", "tun", "device-name", "firewall", "resolver", "dns-udp", "proxy", "proxy-name", "proxy-ip-literal", "dns-tcp-proxy":
+    for code in "capability", "tun", "device-name", "firewall", "firewall-owner", "resolver", "dns-udp", "proxy", "proxy-name", "proxy-ip-literal", "dns-tcp-proxy":
         outcome(checks, code, "ok")
 
 

@@ -10,12 +10,14 @@ use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::time::timeout;
 
 use super::{network, upstream};
+use crate::fdstore::FdStore;
 use crate::lookup;
 use crate::machine::Request;
 use crate::machine::failure::chain;
 use crate::net::desired::{Desired, MARK};
 use crate::net::{self, Keeping, Network};
 use crate::resolvers::{self, Resolvers};
+use crate::systemd;
 
 /// A name that exists for documentation (RFC 2606) and resolves in the public DNS.
 const KNOWN_NAME: &str = "example.com";
@@ -90,11 +92,27 @@ async fn machine(report: &mut Report, state_dir: &Path, desired: &Desired) -> Ve
         }
     }
     if let Some(network) = &network {
+        owner(report, network).await;
         ends_connections(report, network);
     }
     match &network {
         Some(network) => network.own_addresses().await.unwrap_or_default(),
         None => Vec::new(),
+    }
+}
+
+/// Can others remove the firewall while a connection is wanted?
+async fn owner(report: &mut Report, network: &Network) {
+    const CODE: &str = "firewall-owner";
+    let remedy = "run the daemon by systemd with FileDescriptorStoreMax=16, as its unit does";
+    if network.firewall_name() != "nftnl" {
+        report.skipped(&[CODE], "the firewall is not applied through nftnl");
+    } else if systemd::keeps_descriptors().await && FdStore::from_env().is_some() {
+        report.ok(CODE, "The firewall's table stays with its socket, which the service manager keeps");
+    } else {
+        let text =
+            "Nobody keeps the firewall's socket, so other programs can remove the rules; the daemon puts them back";
+        report.add(CODE, "warning", text, remedy);
     }
 }
 
