@@ -210,6 +210,30 @@ def causes(lab):
     until(5, lambda: lab.state() == before, "an attempt without a network left something")
 
 
+@test("routes of others in our table, and a firewall that another program holds, are said to be what they are", seconds=90)
+def taken(lab):
+    lab.connect(TINY)
+    lab.app("ip", "route", "add", "198.18.7.0/24", "dev", "eth0", "table", "7376750")
+    try:
+        until(5, lambda: "foreign-routes" in codes(lab), lambda: f"nobody told: {codes(lab)}")
+        lab.proxyctl("reconnect", code=None)
+        state(lab, "blocked", 5, "routes-taken")
+    finally:
+        lab.app("ip", "route", "del", "198.18.7.0/24", "table", "7376750")
+    state(lab, "connected", 10)
+    lab.disconnect()
+    holder = lab.popen("app", None, "nft", "-i", stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, text=True)
+    try:
+        holder.stdin.write("add table inet proxyvpn { flags owner; }\n")
+        holder.stdin.flush()
+        until(5, lambda: "owner" in lab.app("nft", "list", "tables").stdout or "proxyvpn" in lab.app("nft", "list", "tables").stdout, "nft did not take the table")
+        answer = lab.connect(TINY, code=FAILURE)
+        expect(lab.status()["reason"]["code"] == "firewall-taken", answer)
+    finally:
+        holder.kill()
+        holder.wait()
+
+
 @test("an uplink renamed, and a second one with strict reverse-path filtering, are taken in; nothing leaves by them", seconds=90)
 def other_uplinks(lab):
     pid = lab.net("sh", "-c", "echo $$").stdout and lab.pids["net"]
@@ -218,6 +242,7 @@ def other_uplinks(lab):
     lab.app("sh", "-c", "echo 1 > /proc/sys/net/ipv4/conf/default/rp_filter")
     try:
         subprocess.run(["nsenter", "-t", pid, "-n", "ip", "link", "add", "wan1", "type", "veth", "peer", "name", "eth1", "netns", lab.pids["app"]], check=True)
+        expect("route-specific" not in codes(lab), codes(lab))
         lab.app("sh", "-c", "ip link set eth1 up; ip addr add 192.168.77.2/24 dev eth1; ip route add 198.18.0.0/24 via 192.168.77.1 dev eth1 proto dhcp")
         lab.net("sh", "-c", "ip link set wan1 up; ip addr add 192.168.77.1/24 dev wan1; nft 'add table inet seen { counter got { } ; "
                 "chain in { type filter hook prerouting priority -400; iifname wan1 meta l4proto { tcp, udp, icmp } counter name got ; } ; }'")
@@ -235,6 +260,7 @@ for kind in socket.SOCK_DGRAM, socket.SOCK_STREAM:
         got = lab.net("nft", "-j", "list", "counter", "inet", "seen", "got").stdout
         packets = [entry["counter"]["packets"] for entry in json.loads(got)["nftables"] if "counter" in entry]
         expect(packets == [0], f"something left by the second uplink: {got}")
+        until(8, lambda: "route-specific" in codes(lab), lambda: f"nobody told of a route that the network set: {codes(lab)}")
         lab.app("sh", "-c", "ip link set eth1 down; ip link set eth1 name uplink7; ip link set uplink7 up")
         until(2, lambda: lab.app("cat", mark.format("uplink7"), check=False).stdout.strip() == "112", "a renamed uplink lost its src_valid_mark")
         lab.check_state("connected")

@@ -19,8 +19,10 @@ use crate::resolvers::{self, Paths};
 
 /// How long what was put back, and new DNS servers, are shown.
 const SHOWN: Duration = Duration::from_secs(600);
-/// How old hints about the surroundings may be.
-const STALE: Duration = Duration::from_secs(25);
+/// How old hints about the surroundings may be when something changes; more where it takes long to find them.
+const FRESH: Duration = Duration::from_secs(2);
+/// To find them takes one part in so many of the time at most.
+const SHARE: u32 = 50;
 /// Failures in a row until what can't be put back is a fault.
 const PATIENCE: u32 = 5;
 /// How long after the first failure the next look comes.
@@ -58,7 +60,7 @@ pub(super) struct Lookout {
     /// The new DNS servers, and when they came.
     followed: Option<(String, Instant)>,
     failures: u32,
-    surroundings: Option<(Instant, Vec<Finding>)>,
+    surroundings: Option<Surroundings>,
 }
 
 #[derive(Debug)]
@@ -66,6 +68,14 @@ struct PutBack {
     count: usize,
     newest: String,
     last: Instant,
+}
+
+/// Hints about the surroundings.
+#[derive(Debug)]
+struct Surroundings {
+    found: Vec<Finding>,
+    /// When they may be found anew.
+    until: Instant,
 }
 
 /// The files that name the DNS servers.
@@ -182,14 +192,20 @@ impl Lookout {
         self.way.as_ref().and_then(Way::cut)
     }
 
-    /// Whether the hints about the surroundings are to be found anew.
-    pub(super) fn surroundings_stale(&self) -> bool {
-        self.surroundings.as_ref().is_none_or(|(found, _)| found.elapsed() > STALE)
+    /// Whether the hints about the surroundings are to be found anew. If it is too early, there will be another look.
+    pub(super) fn surroundings_stale(&mut self) -> bool {
+        let wait = self.surroundings.as_ref().map(|hints| hints.until.saturating_duration_since(Instant::now()));
+        let wait = wait.filter(|wait| !wait.is_zero());
+        if let (Some(watch), Some(wait)) = (&mut self.watch, wait) {
+            watch.again(wait);
+        }
+        wait.is_none()
     }
 
-    /// The hints about the surroundings.
-    pub(super) fn surroundings(&mut self, found: Vec<Finding>) {
-        self.surroundings = Some((Instant::now(), found));
+    /// The hints about the surroundings, which were looked for since `began`.
+    pub(super) fn surroundings(&mut self, began: Instant, found: Vec<Finding>) {
+        let until = Instant::now() + FRESH.max(began.elapsed() * SHARE);
+        self.surroundings = Some(Surroundings { found, until });
     }
 
     /// The DNS servers are others now.
@@ -221,7 +237,7 @@ impl Lookout {
             let text = format!("The machine's DNS servers changed. Now these are asked around the tunnel: {servers}");
             items.push(item("resolvers-changed", "info", text));
         }
-        let hints = self.surroundings.iter().flat_map(|(_, found)| found);
+        let hints = self.surroundings.iter().flat_map(|hints| &hints.found);
         items.extend(hints.map(|found| item(found.code, found.severity.as_str(), found.text.clone())));
         items
     }

@@ -255,6 +255,7 @@ impl Proxy {
         };
         // The way is asked for last, because what was put back can be in it.
         let way = network.way(&targets).await;
+        let since = Instant::now();
         let around = if stale { Some(network.surroundings(&in_force, &targets).await) } else { None };
         let weaknesses = fallback(network.firewall_name(), &network.firewall_weaknesses());
         if let Some(last) = look.put_back.last() {
@@ -281,7 +282,7 @@ impl Proxy {
             Err(error) => tracing::debug!(error = &error as &dyn std::error::Error, "no way"),
         }
         match around {
-            Some(Ok(found)) => self.lookout.surroundings(found),
+            Some(Ok(found)) => self.lookout.surroundings(since, found),
             Some(Err(error)) => tracing::debug!(error = &error as &dyn std::error::Error, "no surroundings"),
             None => {}
         }

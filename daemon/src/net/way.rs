@@ -8,7 +8,7 @@ use super::observed::{Hop, Link};
 const MAX_TARGETS: usize = 24;
 /// Addresses for documentation (RFC 5737, RFC 3849): they go by the default routes.
 const FAR: [IpAddr; 2] =
-    [IpAddr::V4(Ipv4Addr::new(198, 51, 100, 1)), IpAddr::V6(Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, 1))];
+    [IpAddr::V4(Ipv4Addr::new(198, 51, 100, 1)), IpAddr::V6(Ipv6Addr::new(0x2001, 0xdb8, 0xffff, 0xffff, 0, 0, 0, 1))];
 
 /// What a packet with our mark would do. Two that are equal lead the same way.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -4,6 +4,7 @@
 #![cfg(feature = "privileged-tests")]
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, missing_docs, reason = "tests")]
 
+mod around;
 mod conflicts;
 mod fairness;
 mod older;

@@ -86,7 +86,7 @@ impl Error {
     pub fn taken(&self) -> bool {
         const CODES: [i32; 4] = [libc::EPERM, libc::EACCES, libc::EBUSY, libc::EEXIST];
         match self {
-            Self::Differs(_) => true,
+            Self::Owned | Self::Differs(_) => true,
             Self::Refused { source, .. } => source.raw_os_error().is_some_and(|code| CODES.contains(&code)),
             _ => false,
         }
