@@ -166,11 +166,12 @@ fn forward(desired: &Desired, devices: &Devices) -> Vec<Rule> {
             rules.extend(pass(&[matches, vec![Match::CtReply]].concat()));
         }
     }
-    rules.push(rule(vec![], Action::Count));
     if desired.forward == Forward::Tunnel {
         rules.push(rule(vec![Match::Protocol(Protocol::Udp)], Action::RejectPort));
         // TCP too: a reset would be steered into the tunnel.
         rules.push(rule(vec![], Action::RejectProhibited));
+    } else {
+        rules.push(rule(vec![], Action::Drop));
     }
     rules
 }
@@ -195,7 +196,7 @@ fn postrouting(desired: &Desired, devices: &Devices) -> Vec<Rule> {
     let tunnel = desired.tunnel.iter().map(|tunnel| vec![Match::Oif(tunnel.name.clone()), Match::Mark]);
     let mut rules: Vec<Rule> = tunnel.map(|matches| rule(matches, Action::Drop)).collect();
     rules.extend(leaving(desired, devices));
-    rules.push(rule(vec![], Action::Count));
+    rules.push(rule(vec![], Action::Drop));
     rules
 }
 
@@ -214,7 +215,7 @@ fn egress(desired: &Desired) -> Vec<Rule> {
     if desired.killswitch {
         rules.extend(LINK_CONTROL.map(|kind| rule(vec![Match::EtherType(kind)], Action::Accept)));
         rules.extend(allowed(desired));
-        rules.push(rule(vec![], Action::Count));
+        rules.push(rule(vec![], Action::Drop));
     }
     rules
 }
@@ -363,8 +364,8 @@ prerouting fib daddr type local meta mark set 0x7076706e
 input { type filter hook input priority filter; policy accept; }
 input iifname "lo" accept
 input iifname "pvpn0" accept
-input ip daddr 10.255.255.1 drop
-input ip6 daddr fd70:7670:6e::1 drop
+input ip daddr 10.255.255.1 counter drop
+input ip6 daddr fd70:7670:6e::1 counter drop
 output { type route hook output priority mangle; policy accept; }
 output meta l4proto tcp ct state new oifname "pvpn0" ct timeout set "tunnelled"
 output meta l4proto tcp ct state new meta mark 0x7076706e ct timeout set "tunnelled"
@@ -377,7 +378,7 @@ output tcp flags & (fin|syn|rst|ack) != syn ct mark 0x7076706f meta mark set 0x7
 forward { type filter hook forward priority filter; policy drop; }
 forward iifname "docker0" oifname "docker0" meta mark set 0x7076706e
 forward iifname "docker0" oifname "docker0" accept
-forward counter
+forward counter drop
 filter_output { type filter hook output priority filter; policy accept; }
 ALLOWED filter_output
 SERVICES filter_output
@@ -385,14 +386,14 @@ filter_output meta l4proto tcp reject with tcp reset
 filter_output meta l4proto udp reject with icmpx port-unreachable
 filter_output reject with icmpx admin-prohibited
 postrouting { type filter hook postrouting priority 300; policy drop; }
-postrouting oifname "pvpn0" meta mark 0x7076706e drop
+postrouting oifname "pvpn0" meta mark 0x7076706e counter drop
 ALLOWED postrouting
 SERVICES postrouting
-postrouting counter
+postrouting counter drop
 netdev egress_eth0 { type filter hook egress device "eth0" priority filter; policy drop; }
 netdev egress_eth0 meta mark 0x7076706e accept
-netdev egress_eth0 arp saddr ip 10.255.255.1 drop
-netdev egress_eth0 icmpv6 type nd-neighbor-advert @th,64,128 0xfd707670006e00000000000000000001 drop
+netdev egress_eth0 arp saddr ip 10.255.255.1 counter drop
+netdev egress_eth0 icmpv6 type nd-neighbor-advert @th,64,128 0xfd707670006e00000000000000000001 counter drop
 netdev egress_eth0 meta protocol arp accept
 netdev egress_eth0 meta protocol 0x888e accept
 netdev egress_eth0 meta protocol 0x8809 accept
@@ -409,12 +410,12 @@ netdev egress_eth0 meta protocol ip6 udp sport 546 udp dport 547 accept
 netdev egress_eth0 icmpv6 type nd-router-solicit accept
 netdev egress_eth0 icmpv6 type nd-neighbor-solicit accept
 netdev egress_eth0 icmpv6 type nd-neighbor-advert accept
-netdev egress_eth0 counter
+netdev egress_eth0 counter drop
 "#;
         let allowed = r#"CHAIN oifname "lo" accept
 CHAIN oifname "pvpn0" accept
 CHAIN meta mark 0x7076706e accept
-CHAIN icmpv6 type nd-neighbor-advert @th,64,128 0xfd707670006e00000000000000000001 drop
+CHAIN icmpv6 type nd-neighbor-advert @th,64,128 0xfd707670006e00000000000000000001 counter drop
 CHAIN meta skuid 13 accept
 CHAIN ip daddr 192.168.7.0/24 accept
 CHAIN ip6 daddr fd70:7670:6e::/64 accept
@@ -526,6 +527,19 @@ forward reject with icmpx admin-prohibited"#;
             .map(|chain| chain.name)
             .collect();
         assert_eq!(names, ["prerouting"]);
+    }
+
+    #[test]
+    fn a_chain_whose_policy_is_drop_ends_with_a_rule_that_does() {
+        for desired in
+            [desired(), Desired { forward: Forward::Tunnel, ..desired() }, Desired { tunnel: None, ..desired() }]
+        {
+            let rules = [compile(&desired, &[], &devices()), super::super::lock::lock(&[])];
+            for chain in rules.iter().flat_map(|rules| &rules.chains).filter(|chain| chain.policy == Policy::Drop) {
+                let last = chain.rules.last().filter(|rule| rule.matches.is_empty()).map(|rule| rule.action);
+                assert!(matches!(last, Some(Action::Drop | Action::RejectProhibited)), "{}: {last:?}", chain.name);
+            }
+        }
     }
 
     #[test]

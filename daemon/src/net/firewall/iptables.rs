@@ -180,8 +180,8 @@ fn line(rule: &Rule, family: Family) -> Option<String> {
     }
     let v4 = family == Family::V4;
     let target = match rule.action {
-        // Every rule counts. Timeouts are a matter of another program (nfct(8)).
-        Action::Count | Action::SetTimeout(_) => return None,
+        // Timeouts are a matter of another program (nfct(8)).
+        Action::SetTimeout(_) => return None,
         Action::SetMark(mark) => format!("MARK --set-xmark {mark:#x}/0xffffffff"),
         Action::SetCtMark(mark) => format!("CONNMARK --set-xmark {mark:#x}/0xffffffff"),
         // There is no lock where there is no nf_tables.

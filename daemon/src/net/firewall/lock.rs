@@ -34,10 +34,10 @@ pub(super) fn lock(sessions: &[(SocketAddr, SocketAddr)]) -> Ruleset {
     output.push(rule(vec![Match::Protocol(Protocol::Udp)], Action::RejectPort));
     output.push(rule(vec![], Action::RejectProhibited));
     let mut last = open(&sessions);
-    last.push(rule(vec![], Action::Count));
+    last.push(rule(vec![], Action::Drop));
     // What comes back for those behind this machine carries our mark.
     let passed = [Match::Passed, Match::Mark].map(|mark| rule(vec![mark], Action::Accept));
-    let forward = passed.into_iter().chain([rule(vec![], Action::Count)]).collect();
+    let forward = passed.into_iter().chain([rule(vec![], Action::Drop)]).collect();
     let filter = |name, hook, priority, policy, rules| chain(name, Kind::Filter, hook, priority, policy, rules);
     let chains = vec![
         filter("prerouting", Hook::Prerouting, PRIORITY_MANGLE, Policy::Accept, outside),

@@ -139,12 +139,12 @@ pub(super) enum Action {
     SetCtMark(u32),
     /// Give the connection the timeout with this name if it is a new one, and go on.
     SetTimeout(&'static str),
-    /// Count, and go on.
-    Count,
     /// Leave this chain; chains of others still decide.
     Accept,
     /// The same, and tell the lock.
     Pass,
+    /// Count and drop. A chain whose policy is drop ends with this all the same: when a table is replaced, the kernel puts the
+    /// policy in force later than the rules.
     Drop,
     /// Answer with a TCP reset.
     RejectReset,

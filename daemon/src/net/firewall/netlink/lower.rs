@@ -136,9 +136,8 @@ fn action(action: Action, list: &mut Vec<Expr>) {
                 (nf::NFTNL_EXPR_OBJREF_IMM_NAME, Value::Data([name.as_bytes(), &[0]].concat())),
             ],
         )),
-        Action::Count => list.push(Expr::new(c"counter", [])),
         Action::Accept => list.push(verdict(libc::NF_ACCEPT)),
-        Action::Drop => list.push(verdict(libc::NF_DROP)),
+        Action::Drop => list.extend([Expr::new(c"counter", []), verdict(libc::NF_DROP)]),
         Action::RejectReset => list.push(reject(libc::NFT_REJECT_TCP_RST, 0)),
         Action::RejectPort => {
             list.push(reject(libc::NFT_REJECT_ICMPX_UNREACH, low_byte(libc::NFT_REJECT_ICMPX_PORT_UNREACH)));
