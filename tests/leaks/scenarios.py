@@ -14,7 +14,7 @@ import time
 from collections import namedtuple
 
 import plan
-from lab import PYTHON, ROOT, Skipped, expect, until
+from lab import PYTHON, ROOT, WEB, Skipped, expect, until
 from world import FIREWALL_IN_FORCE, PROXY_URL, Uplink, freeze
 
 Column = namedtuple("Column", "name text kind run")
@@ -82,8 +82,7 @@ def locked(world):
     if "lockdown" not in world.lab.proxyctl("--help"):
         raise Skipped("this proxyctl has no lockdown")
     world.disconnected()
-    world.lab.alice("sh", "-c", f"""printf 'backend = "proxy"\\n[upstream]\\nurl = "{PROXY_URL}"\\n' >locked.toml""")
-    world.lab.proxyctl("profile", "import", "locked.toml", "--replace")
+    profile(world, "locked")
     world.lab.proxyctl("connect", "locked")
     world.disconnected()
     world.lab.proxyctl("lockdown", "on")
@@ -91,6 +90,12 @@ def locked(world):
         yield
     finally:
         world.lab.proxyctl("lockdown", "off")
+
+
+def profile(world, name, more=""):
+    text = f'backend = "proxy"\n[upstream]\nurl = "{PROXY_URL}"\n{more}'
+    world.lab.alice("sh", "-c", f"cat >{name}.toml", data=text)
+    world.lab.proxyctl("profile", "import", f"{name}.toml", "--replace")
 
 
 def acting(world, *arguments):
@@ -265,6 +270,30 @@ def _(world):
         guarded = world.slowly(action, lambda: protected_by_the_kernel(world))
     expect(guarded, "disconnect was over before its first step")
     world.await_state("disconnected")
+
+
+@column("forward-tunnel", "a profile that lets containers into the tunnel: connected, the device deleted, the daemon killed, step by step to disconnected")
+def _(world):
+    world.disconnected()
+    profile(world, "forwarding", '[protect]\nforward = "tunnel"\n')
+    world.lab.proxyctl("connect", "forwarding")
+    fetch = f"curl -sS --max-time 10 http://{WEB}/"
+    expect(world.in_box(fetch, check=False), "a container's TCP does not go through the tunnel")
+    with world.guarded(), world.stream():
+        world.fire(3)
+        world.shell("app", "ip link delete pvpn0")
+        world.fire()
+        world.await_state("connected", seconds=30)
+        world.lab.daemon_stop("KILL")
+        world.fire()
+        world.restart()
+        world.await_state("connected", seconds=30)
+        world.fire()
+        expect(world.in_box(fetch, check=False), "a container's TCP does not go through the tunnel after a new start")
+        world.lab.proxyctl("reconnect")
+        world.fire()
+    with acting(world, "disconnect") as action:
+        world.slowly(action, lambda: protected_by_the_kernel(world))
 
 
 @column("after-disconnect", "connections of the tunnel after disconnect: its address is never seen")
