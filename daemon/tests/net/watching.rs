@@ -57,7 +57,8 @@ fn same(before: &str, command: &str) {
     let now = snapshot();
     let missing: Vec<&str> = before.lines().filter(|line| !now.lines().any(|other| other == *line)).collect();
     let more: Vec<&str> = now.lines().filter(|line| !before.lines().any(|other| other == *line)).collect();
-    assert!(missing.is_empty() && more.is_empty(), "{command}: missing {missing:#?}, more {more:#?}");
+    let lines = (before.lines().count(), now.lines().count());
+    assert!(now == before, "{command}: missing {missing:#?}, more {more:#?}, lines {lines:?}");
 }
 
 /// Packets that the peer gets from the host, by protocol.
