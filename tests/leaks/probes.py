@@ -649,6 +649,25 @@ def _(shot):
     shot.each_uplink(ask)
 
 
+@probe("through-udp", "UDP that somebody on the local network routes through the machine", where="lan", user="root")
+def _(shot):
+    def send(link):
+        source = link["router4"][:-1] + "9"
+        data = frames.udp(source, plan.SINK4, (shot.port, shot.port), shot.token)
+        shot.frame(link, frames.IP4, frames.ip4(17, source, plan.SINK4, data))
+
+    shot.each_uplink(send)
+
+
+@probe("through-tcp", "TCP that somebody on the local network routes through the machine", where="lan", user="root")
+def _(shot):
+    def send(link):
+        source, ports = link["router4"][:-1] + "9", (plan.source_port(shot.number, shot.sequence), shot.port)
+        shot.frame(link, frames.IP4, frames.ip4(6, source, plan.SINK4, frames.tcp(source, plan.SINK4, ports, 2, shot.sequence)))
+
+    shot.each_uplink(send)
+
+
 @probe("answer-ping", "a ping from the local network", where="lan", user="root")
 def _(shot):
     def ask(link):
