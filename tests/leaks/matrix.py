@@ -23,6 +23,7 @@ def progress(column):
         return f"skipped  {column.name}: {column.skipped}"
     bad = "FAILED  " if column.leaks or column.failures else "ok      "
     leaks = f": packets of {len(column.leaks)} probes" if column.leaks else ""
+    leaks += f"; stood still in {', '.join(sorted(column.phases))}" if column.phases else ""
     return f"{bad} {column.name} ({column.seconds:.1f} s, {sum(sum(c.values()) for c in column.tried.values())} tries){leaks}"
 
 
@@ -124,7 +125,7 @@ class Matrix:
         cells = {name: {one.name: self.describe(name, one) for one in self.columns} for name in self.rows}
         return {
             "version": 1, "passed": self.passed, "failed": self.failed, "skipped": self.skipped, "documented": self.limits,
-            "columns": [{"name": one.name, "text": one.scenario.text, "seconds": round(one.seconds, 2), "failures": one.failures} for one in self.columns],
+            "columns": [{"name": one.name, "text": one.scenario.text, "seconds": round(one.seconds, 2), "phases": sorted(one.phases), "failures": one.failures} for one in self.columns],
             "skips": {one.name: one.skipped for one in self.absent} | self.broken, "cells": cells, "lost": self.lost,
         }
 

@@ -35,6 +35,7 @@ class Column:
         self.probes = [one.name for one in probes.PROBES]
         self.windows, self.opened, self.without_tunnel, self.failures = [], [], [], []
         self.tried, self.leaks, self.seen = {}, {}, {}
+        self.phases = set()  # of connecting, in which the daemon stood still
         self.skipped, self.seconds = "", 0.0
 
     def count(self, answer):

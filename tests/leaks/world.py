@@ -4,6 +4,7 @@ router would give, an attacker on the local network, and a capture at the far en
 import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import time
@@ -327,10 +328,10 @@ class World:
                         return int(name)
         return None
 
-    def slowly(self, action, judged, run=0.001, most=400):
+    def slowly(self, action, judged, most=2000):
         """Runs `action` (a process) while the daemon may only run for moments; after each, everything stands still and all probes are
         fired. `judged()` says whether nothing may leave then. Returns how often it said so."""
-        guarded = 0
+        guarded, offset, run = 0, self.log_size(), self.times(0.001, 0.0003)
         pid = self.host_pid()
         try:
             while action.poll() is None and most:
@@ -341,6 +342,7 @@ class World:
                     guarded += 1
                     with self.guarded(settle=0.002):
                         self.fire(1)
+                    self.column.phases.update(re.findall(r'phase="([a-z-]+)"', self.log_since(offset))[-1:])
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGCONT)
