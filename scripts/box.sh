@@ -1,7 +1,8 @@
 #!/bin/bash
 # box.sh: a throw-away machine with systemd as PID 1 (systemd-nspawn): system bus, polkitd, logind. For test-system.sh.
 #   box.sh build              make the root that boxes start from, if there is none that is new enough (1-2 min once)
-#   box.sh up NAME            boot one: read-only root with changes in memory, own network namespace
+#   box.sh up NAME            boot one: its changes go with it; own network namespace
+#   box.sh reboot NAME NETNS  power off and boot again, with the files as they are, in the network namespace of this path
 #   box.sh run NAME CMD...    run CMD as root as a transient unit; input, output and exit status pass through
 #   box.sh as NAME USER CMD   as a plain user, without a login session (polkit: "any")
 #   box.sh leader NAME        process number of its PID 1
@@ -44,17 +45,21 @@ build() {
   mv "$root.new" "$root"; touch "$root"
 }
 
-up() {
-  local name=$1 r=$RUN/$1 cg=$cgroup/proxyvpn-box-$1 nspawn='' pid=''
-  rm -rf "$r"; mkdir -p "$r"; mkdir -p "$cg"
+up() { rm -rf "${RUN:?}/$1"; boot "$1" --private-network; }
+reboot() { power_off "$1"; boot "$1" --network-namespace-path="$2"; }
+
+boot() {
+  local name=$1 network=$2 r=$RUN/$1 cg=$cgroup/proxyvpn-box-$1 nspawn='' pid=''
+  mkdir -p "$r"/{upper,work,root}; mkdir -p "$cg"
   # Its own cgroup2 tree and /run/systemd, so that it works where PID 1 is not systemd and leaves a systemd that is alone.
   # shellcheck disable=SC2016  # expanded inside
-  env -i PATH="$PATH" TERM=dumb CG="$cg" bash -c 'echo $$ >"$CG/cgroup.procs"; exec unshare --mount --propagation private bash -c "
-      umount -R /sys/fs/cgroup; mount -t cgroup2 cgroup2 /sys/fs/cgroup; mkdir -p /run/systemd; mount -t tmpfs tmpfs /run/systemd;
+  env -i PATH="$PATH" TERM=dumb CG="$cg" LAYERS="lowerdir=$root,upperdir=$r/upper,workdir=$r/work" BOX="$r/root" bash -c 'echo $$ >"$CG/cgroup.procs"; exec unshare --mount --propagation private bash -c "
+      umount -R /sys/fs/cgroup; mount -t cgroup2 cgroup2 /sys/fs/cgroup; mkdir -p /run/systemd; mount -t tmpfs tmpfs /run/systemd
+      mount -t overlay overlay -o \"\$LAYERS\" \"\$BOX\" || exit 1
       exec \"\$@\"" x "$@"' x \
-    systemd-nspawn --quiet --directory="$root" --volatile=overlay --machine="$name" --hostname=box --register=no --keep-unit \
-    --private-network --resolv-conf=off --timezone=off --link-journal=no \
-    --capability=CAP_BPF,CAP_PERFMON,CAP_SYSLOG --system-call-filter=bpf --console=pipe --boot \
+    systemd-nspawn --quiet --directory="$r/root" --machine="$name" --hostname=box --register=no --keep-unit \
+    "$network" --resolv-conf=off --timezone=off --link-journal=no \
+    --capability=CAP_BPF,CAP_PERFMON,CAP_SYSLOG,CAP_NET_ADMIN --system-call-filter=bpf --console=pipe --boot \
     </dev/null >"$r/console" 2>&1 &
   nspawn=$!; echo "$nspawn" >"$r/nspawn"
   for _ in $(seq 600); do
@@ -70,7 +75,9 @@ up() {
   inside "$name" timeout 60 systemctl is-system-running --wait >/dev/null || inside "$name" systemctl --failed --no-legend
 }
 
-down() {
+down() { power_off "$1"; rm -rf "${RUN:?}/$1"; rmdir "$RUN" 2>/dev/null || true; }
+
+power_off() {
   local name=$1 cg=$cgroup/proxyvpn-box-$1 nspawn
   nspawn=$(cat "$RUN/$name/nspawn" 2>/dev/null) || return 0
   timeout 10 nsenter -t "$(leader "$name")" -a systemctl poweroff 2>/dev/null || true
@@ -83,13 +90,13 @@ down() {
     [ -d "$cg" ] || break
     sleep 0.05
   done
-  rm -rf "${RUN:?}/$name"; rmdir "$RUN" 2>/dev/null || true
 }
 
 verb=${1:-}; [ $# -eq 0 ] || shift
 case $verb in
   build) build ;;
   up | down | leader) "$verb" "$1" ;;
+  reboot) reboot "$1" "$2" ;;
   run) name=$1; shift; unit "$name" -- "$@" ;;
   as) name=$1 user=$2; shift 2; unit "$name" -p User="$user" -- "$@" ;;
   *) sed -n '2,/^# Roots/s/^# \{0,1\}//p' "$0"; exit 2 ;;

@@ -1,6 +1,6 @@
 #!/bin/bash
 # test-system.sh: on a real systemd, in a throw-away machine (scripts/box.sh): install, D-Bus activation, polkit rules by group, restart
-# after kill -9, the unit's hardening, uninstall. Says 'skipped' where such a machine cannot run.
+# after kill -9, the unit's hardening, lockdown with reboots, uninstall. Says 'skipped' where such a machine cannot run.
 # shellcheck disable=SC2016,SC2317  # expanded in the box; functions that `check` calls
 set -uo pipefail
 export PVLAB_ID=system-$$
@@ -179,6 +179,10 @@ watchdog() {
 check "the watchdog replaces a daemon that hangs, and leaves one that lives alone" watchdog
 check "it goes on with the connection after that and after systemctl restart" back
 
+# ---- lockdown
+# shellcheck source=tests/system/lockdown.sh
+. "$ROOT/tests/system/lockdown.sh"
+
 # ---- the end
 stop() { root systemctl stop proxyvpnd.service </dev/null; network >"$LOGS/network.after"; diff "$LOGS/network.before" "$LOGS/network.after"; }
 check "systemctl stop while connected leaves the network as it was" stop
@@ -194,10 +198,11 @@ stop_killed() { # stopped although it does not react: systemd kills it, ExecStop
 check "systemctl stop of a daemon that hangs does so too" stop_killed
 uninstall_connected() {
   root systemctl start proxyvpnd.service </dev/null; box as "$BOX" alice proxyctl connect lab </dev/null || return 1
+  root proxyctl lockdown on </dev/null || return 1
   root /run/src/scripts/install.sh --uninstall --purge </dev/null || return 1
   network >"$LOGS/network.after"; diff "$LOGS/network.before" "$LOGS/network.after"
 }
-check "uninstall while connected: the network is as it was" uninstall_connected
+check "uninstall while connected and under lockdown: the network is as it was" uninstall_connected
 no_trace() {
   root sh -c 'rm -f /etc/polkit-1/rules.d/50-proxyvpn-group.rules; groupdel proxyvpn-users' </dev/null # the administrator's own
   files >"$LOGS/files.after"; diff "$LOGS/files.before" "$LOGS/files.after"
