@@ -4,7 +4,7 @@ use std::net::IpAddr;
 
 use proxyvpn_dbus::ReasonCode;
 
-use crate::config::profile::{Backend, ForwardSpec, Profile};
+use crate::config::profile::{Backend, ForwardSpec, Profile, TunSpec};
 use crate::machine::Failure;
 use crate::net::desired::{Desired, Exceptions, Forward, Locked, Tunnel};
 use crate::net::{self, Cut, firewall};
@@ -23,6 +23,7 @@ pub(super) fn desired(profile: &Profile) -> Result<(Desired, Resolvers), Failure
 
 fn wanted(profile: &Profile) -> (Desired, Resolvers) {
     let resolvers = resolvers::find(&profile.dns.servers, &resolvers::Paths::default());
+    let guarded = guarded(&profile.tun);
     let tunnel =
         Tunnel { name: profile.tun.name.clone(), v4: profile.tun.cidr, v6: profile.tun.cidr6, mtu: profile.tun.mtu };
     let exceptions = Exceptions {
@@ -32,6 +33,7 @@ fn wanted(profile: &Profile) -> (Desired, Resolvers) {
     };
     let desired = Desired {
         tunnel: Some(tunnel),
+        guarded,
         exceptions,
         killswitch: profile.protect.killswitch,
         inbound_replies: profile.protect.inbound_replies,
@@ -45,6 +47,11 @@ fn wanted(profile: &Profile) -> (Desired, Resolvers) {
     (desired, resolvers)
 }
 
+/// Addresses of the device, which may still be there, or come while this is in force.
+fn guarded(tun: &TunSpec) -> Vec<IpAddr> {
+    vec![IpAddr::V4(tun.cidr.addr()), IpAddr::V6(tun.cidr6.addr())]
+}
+
 /// The network of `profile` without a way for the traffic. Also for what cannot be connected: it may be wanted all the same.
 pub(super) fn blocked(profile: &Profile) -> (Desired, Option<Resolvers>) {
     let (desired, resolvers) = wanted(profile);
@@ -55,6 +62,7 @@ pub(super) fn blocked(profile: &Profile) -> (Desired, Option<Resolvers>) {
 pub(super) fn closed() -> Desired {
     Desired {
         tunnel: None,
+        guarded: guarded(&TunSpec::default()),
         exceptions: Exceptions::default(),
         killswitch: true,
         inbound_replies: true,

@@ -29,6 +29,8 @@ pub const SYSCTL_ON: u32 = 112;
 pub struct Desired {
     /// The device that takes the traffic. `None`: blocked, what would go into it is refused as unreachable.
     pub tunnel: Option<Tunnel>,
+    /// Addresses that answer on the tunnel only, whether there is one or not.
+    pub guarded: Vec<IpAddr>,
     /// What may go around the tunnel.
     pub exceptions: Exceptions,
     /// Block everything else.

@@ -1,5 +1,7 @@
 //! Which devices lead out of this machine, and which only to containers and virtual machines on it.
 
+use std::collections::HashSet;
+
 use super::observed::{Kind, Link, Observed};
 
 /// How many uplinks get a chain; further ones go without.
@@ -11,17 +13,19 @@ pub struct Devices {
     /// All that may lead out of this machine: neither loopback nor a tunnel of ours nor inner.
     pub uplinks: Vec<String>,
     /// Bridges that lead to this machine's containers and virtual machines only: all of their ports are virtual (veth, tun,
-    /// tap), or they have none.
+    /// tap), or they have none, and no gateway is or was behind them.
     pub inner: Vec<String>,
 }
 
 impl Devices {
-    /// The devices of this machine; `tunnel`: the name of ours.
-    pub(super) fn of(observed: &Observed, tunnel: Option<&str>) -> Self {
+    /// The devices of this machine; `tunnel`: the name of ours, `outward`: indices of those that lead or led to a gateway.
+    /// In a container the uplink is a veth too.
+    pub(super) fn of(observed: &Observed, tunnel: Option<&str>, outward: &HashSet<u32>) -> Self {
         let links = &observed.links;
+        let is_virtual = |port: &Link| matches!(port.kind, Kind::Veth | Kind::Tun) && !outward.contains(&port.index);
         let is_inner = |bridge: &Link| {
             let mut ports = links.iter().filter(|link| link.master == Some(bridge.index));
-            bridge.kind == Kind::Bridge && ports.all(|port| matches!(port.kind, Kind::Veth | Kind::Tun))
+            bridge.kind == Kind::Bridge && !outward.contains(&bridge.index) && ports.all(is_virtual)
         };
         let inner: Vec<&Link> = links.iter().filter(|link| is_inner(link)).collect();
         let leads_out = |link: &&Link| {
@@ -70,7 +74,12 @@ mod tests {
     }
 
     fn devices(links: Vec<Link>) -> (String, String) {
-        let devices = Devices::of(&Observed { links, ..Observed::default() }, Some("tun7"));
+        devices_with(links, &[])
+    }
+
+    fn devices_with(links: Vec<Link>, outward: &[u32]) -> (String, String) {
+        let outward = outward.iter().copied().collect();
+        let devices = Devices::of(&Observed { links, ..Observed::default() }, Some("tun7"), &outward);
         (devices.uplinks.join(" "), devices.inner.join(" "))
     }
 
@@ -98,6 +107,11 @@ mod tests {
         let mut bridged = machine();
         bridged[1].master = Some(5);
         assert_eq!(devices(bridged), ("eth0 docker0 veth1 vnet0 eth0.7 veth2 wg0".into(), "virbr0".into()));
+        // So does a gateway behind it, also one that was behind a port of it before.
+        for outward in [5, 6] {
+            let want = ("eth0 docker0 veth1 vnet0 eth0.7 veth2 wg0".into(), "virbr0".into());
+            assert_eq!(devices_with(machine(), &[2, outward]), want);
+        }
         let mut vlan = machine();
         vlan[9].master = Some(8);
         assert_eq!(devices(vlan), ("eth0 virbr0 eth0.7 veth2 wg0".into(), "docker0".into()));

@@ -1,5 +1,6 @@
 //! Reading the kernel's state and doing single steps.
 
+use std::collections::HashSet;
 use std::io;
 use std::net::IpAddr;
 
@@ -117,6 +118,13 @@ impl Kernel {
             .await?;
         }
         Ok(routes)
+    }
+
+    /// Devices that a gateway is behind, by index.
+    pub(super) async fn outward(&self) -> Result<HashSet<u32>, Error> {
+        let routes = self.main_routes().await?;
+        let leads = routes.iter().filter(|route| route.to.is_none() || route.hop.gateway.is_some());
+        Ok(leads.map(|route| route.hop.device).collect())
     }
 
     /// Where a packet with our mark goes on its way to each of `targets`; `None`: nowhere.

@@ -4,7 +4,7 @@ use std::net::IpAddr;
 
 use super::desired::Desired;
 use super::health::{self, Finding};
-use super::network::{Network, ROUNDS, devices, on};
+use super::network::{Network, ROUNDS, on};
 use super::observed::Observed;
 use super::step::{Action, Change, Stage, Step};
 use super::way::{self, Way};
@@ -48,10 +48,12 @@ impl Network {
             }
         }
         let observed = self.kernel.observe().await?;
-        let devices = devices(&observed, desired);
-        let moved = self.devices.as_ref() != Some(&devices);
-        self.devices = Some(devices);
-        if moved && let Err(error) = self.apply(Stage::Firewall, desired).await {
+        let devices = self.devices(&observed, desired).await?;
+        let moved = self.at_look.as_ref() != Some(&devices);
+        self.at_look = Some(devices);
+        if (moved || !intact)
+            && let Err(error) = self.apply(Stage::Firewall, desired).await
+        {
             look.errors.push(error);
         }
         let observed = self.mend(observed, desired, &mut look).await?;

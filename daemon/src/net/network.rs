@@ -29,8 +29,10 @@ pub struct Network {
     keeping: Keeping,
     /// What this process installed.
     pub(super) installed: Option<Ruleset>,
-    /// Those of the last look.
-    pub(super) devices: Option<Devices>,
+    /// The devices at the last look.
+    pub(super) at_look: Option<Devices>,
+    /// Indices of devices that led to a gateway.
+    outward: HashSet<u32>,
     /// Connections from outside that were open before the first rules; later ones have a mark.
     sessions: Option<Vec<(SocketAddr, SocketAddr)>>,
     /// Addresses of the tunnels that this process made since the last clean-up.
@@ -62,8 +64,10 @@ impl Network {
     /// [`Error::Connect`]. A missing firewall is not an error here but in [`preflight`](Self::preflight).
     pub async fn open(state_dir: &Path, keeping: Keeping) -> Result<Self, Error> {
         let (kernel, journal) = (Kernel::connect()?, Journal::open(state_dir));
-        let (installed, devices, sessions, tunnelled) = (None, None, None, HashSet::new());
-        let mut network = Self { kernel, journal, backend: None, keeping, installed, devices, sessions, tunnelled };
+        let (installed, at_look, sessions) = (None, None, None);
+        let (outward, tunnelled) = (HashSet::new(), HashSet::new());
+        let mut network =
+            Self { kernel, journal, backend: None, keeping, installed, at_look, outward, sessions, tunnelled };
         if let Err(error) = network.backend().await {
             tracing::warn!(error = &error as &dyn std::error::Error, "no firewall");
         }
@@ -131,7 +135,9 @@ impl Network {
         let observed = self.kernel.observe().await?;
         let steps = plan::plan(&observed, desired);
         let (tunnel, routes): (Vec<_>, Vec<_>) = steps.into_iter().partition(|step| step.stage() == Stage::Tunnel);
-        let ruleset = self.ruleset(&observed, desired, &devices(&observed, desired)).await;
+        let outward = self.kernel.outward().await?.union(&self.outward).copied().collect();
+        let name = desired.tunnel.as_ref().map(|tunnel| tunnel.name.as_str());
+        let ruleset = self.ruleset(&observed, desired, &Devices::of(&observed, name, &outward)).await;
         let mut firewall = vec![];
         if !self.is_installed(&ruleset).await? {
             let line = |line| Step { action: Action::Add, change: Change::Firewall(line) };
@@ -160,6 +166,7 @@ impl Network {
         let before = self.journal.begin([undo.line()])?;
         let desired = Desired {
             tunnel: Some(tunnel.clone()),
+            guarded: vec![],
             exceptions: Exceptions::default(),
             killswitch: false,
             inbound_replies: false,
@@ -244,6 +251,12 @@ impl Network {
         complete
     }
 
+    /// The devices of this machine.
+    pub(super) async fn devices(&mut self, observed: &Observed, desired: &Desired) -> Result<Devices, Error> {
+        self.outward.extend(self.kernel.outward().await?);
+        Ok(Devices::of(observed, desired.tunnel.as_ref().map(|tunnel| tunnel.name.as_str()), &self.outward))
+    }
+
     /// The rules for these devices.
     async fn ruleset(&self, observed: &Observed, desired: &Desired, devices: &Devices) -> Ruleset {
         match &self.sessions {
@@ -259,7 +272,7 @@ impl Network {
             if self.sessions.is_none() && desired.inbound_replies {
                 self.sessions = Some(sessions(&observed, desired).await);
             }
-            let mut devices = devices(&observed, desired);
+            let mut devices = self.devices(&observed, desired).await?;
             if round == ROUNDS {
                 // Devices come and go all the time, and the kernel takes no chain for one that is gone.
                 devices.uplinks.clear();
@@ -459,11 +472,6 @@ async fn end(which: &'static str, work: impl FnOnce() -> io::Result<usize> + Sen
 
 fn not_ended(error: &(dyn std::error::Error + 'static)) {
     tracing::warn!(error, "connections from before cannot be ended; each is cut when its program sends next");
-}
-
-/// The devices of this machine.
-pub(super) fn devices(observed: &Observed, desired: &Desired) -> Devices {
-    Devices::of(observed, desired.tunnel.as_ref().map(|tunnel| tunnel.name.as_str()))
 }
 
 async fn sessions(observed: &Observed, desired: &Desired) -> Vec<(SocketAddr, SocketAddr)> {

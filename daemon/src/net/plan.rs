@@ -242,6 +242,7 @@ pub(super) mod tests {
                 v6: "fd70:7670:6e::1/64".parse().unwrap(),
                 mtu: 65535,
             }),
+            guarded: vec![],
             exceptions: super::super::desired::Exceptions::default(),
             killswitch: true,
             inbound_replies: true,

@@ -238,6 +238,7 @@ pub(crate) fn desired() -> Desired {
             v6: "fd70:7670:6e::1/64".parse().unwrap(),
             mtu: 1500,
         }),
+        guarded: vec![TUN.parse().unwrap(), "fd70:7670:6e::1".parse().unwrap()],
         exceptions: Exceptions {
             lan: vec![format!("{LAN}/26").parse().unwrap()],
             resolvers: vec![RESOLVER.parse().unwrap()],

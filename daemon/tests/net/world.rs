@@ -130,6 +130,7 @@ pub(crate) fn desired() -> Desired {
             v6: "fd70:7670:6e::1/64".parse().unwrap(),
             mtu: 65535,
         }),
+        guarded: vec![],
         exceptions: Exceptions {
             lan: vec!["10.1.0.0/16".parse().unwrap(), "fd01::/16".parse().unwrap()],
             resolvers: vec!["198.51.100.53".parse().unwrap(), "2001:db8:53::53".parse().unwrap()],

@@ -109,6 +109,7 @@ static SAMPLE: LazyLock<Ruleset> = LazyLock::new(|| {
     let exceptions = Exceptions { lan: vec![v4.into(), v6.into()], resolvers: vec![v4.addr().into()], users: vec![0] };
     let desired = Desired {
         tunnel: Some(tunnel),
+        guarded: vec![v4.addr().into(), v6.addr().into()],
         exceptions,
         killswitch: true,
         inbound_replies: true,
@@ -394,6 +395,7 @@ mod tests {
         let exceptions = Exceptions::default();
         let desired = |iptables_fallback| Desired {
             tunnel: tunnel.clone(),
+            guarded: vec![],
             exceptions: exceptions.clone(),
             killswitch: true,
             inbound_replies: true,

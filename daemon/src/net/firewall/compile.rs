@@ -75,8 +75,8 @@ pub fn compile(desired: &Desired, sessions: &[(SocketAddr, SocketAddr)], devices
 fn prerouting(desired: &Desired, devices: &Devices) -> Vec<Rule> {
     let mut rules: Vec<Rule> = own_devices(desired).map(|name| rule(vec![Match::Iif(name)], Action::Accept)).collect();
     // TCP with a SYN only: with UDP, or a connection picked up in its middle, the far end of an older connection of ours
-    // could speak first and look like the one who began.
-    let begins = [Match::Syn, Match::CtNew, Match::CtMark(0)];
+    // could speak first and look like the one who began. For this machine only: what it says of others' is no answer.
+    let begins = [Match::Syn, Match::CtNew, Match::CtMark(0), Match::ToLocal];
     if desired.inbound_replies {
         rules.push(rule(begins.to_vec(), Action::SetCtMark(MARK)));
     } else {
@@ -99,13 +99,13 @@ fn prerouting(desired: &Desired, devices: &Devices) -> Vec<Rule> {
 
 /// The tunnel's address answers on the tunnel only (CVE-2019-14899).
 fn input(desired: &Desired) -> Vec<Rule> {
-    let Some(tunnel) = &desired.tunnel else { return vec![] };
+    if desired.guarded.is_empty() {
+        return vec![];
+    }
+    let guard = |address: &IpAddr| rule(vec![Match::Destination(IpNet::from(*address))], Action::Drop);
     own_devices(desired)
         .map(|name| rule(vec![Match::Iif(name)], Action::Accept))
-        .chain(
-            [IpAddr::V4(tunnel.v4.addr()), IpAddr::V6(tunnel.v6.addr())]
-                .map(|address| rule(vec![Match::Destination(IpNet::from(address))], Action::Drop)),
-        )
+        .chain(desired.guarded.iter().map(guard))
         .collect()
 }
 
@@ -207,11 +207,7 @@ fn egress(desired: &Desired) -> Vec<Rule> {
     if desired.killswitch {
         rules.push(rule(vec![Match::Mark], Action::Accept));
     }
-    // Nobody outside is told that the tunnel's address is here.
-    if let Some(tunnel) = &desired.tunnel {
-        rules.push(rule(vec![Match::ArpSender(tunnel.v4.addr())], Action::Drop));
-    }
-    rules.extend(no_advertisement(desired));
+    rules.extend(guarded(desired));
     if desired.killswitch {
         rules.extend(LINK_CONTROL.map(|kind| rule(vec![Match::EtherType(kind)], Action::Accept)));
         rules.extend(allowed(desired));
@@ -220,10 +216,13 @@ fn egress(desired: &Desired) -> Vec<Rule> {
     rules
 }
 
-/// Nobody outside is told that the tunnel's IPv6 address is here.
-fn no_advertisement(desired: &Desired) -> Option<Rule> {
-    let tunnel = desired.tunnel.as_ref()?;
-    Some(rule(vec![Match::Icmp6Type(136), Match::NdTarget(tunnel.v6.addr())], Action::Drop))
+/// Stops what tells that a guarded address is here.
+fn guarded(desired: &Desired) -> impl Iterator<Item = Rule> {
+    let tells = |address: &IpAddr| match address {
+        IpAddr::V4(address) => vec![Match::ArpSender(*address)],
+        IpAddr::V6(address) => vec![Match::Icmp6Type(136), Match::NdTarget(*address)],
+    };
+    desired.guarded.iter().map(move |address| rule(tells(address), Action::Drop))
 }
 
 /// What may leave through the IP layer. To the lock the daemon's own says itself what it is.
@@ -231,7 +230,8 @@ pub(super) fn leaving(desired: &Desired, devices: &Devices) -> Vec<Rule> {
     let mut rules = vec![rule(vec![Match::Oif("lo".to_owned())], Action::Accept)];
     rules.extend(desired.tunnel.iter().map(|tunnel| rule(vec![Match::Oif(tunnel.name.clone())], accept(desired))));
     rules.push(rule(vec![Match::Mark], Action::Accept));
-    rules.extend(no_advertisement(desired));
+    // The IP layer sends no ARP.
+    rules.extend(guarded(desired).filter(|rule| rule.family() == Some(Family::V6)));
     rules.extend(allowed(desired));
     let services = devices.inner.iter().flat_map(|name| services(name));
     rules.extend(services.map(|matches| rule(matches, accept(desired))));
@@ -250,7 +250,8 @@ fn allowed(desired: &Desired) -> Vec<Rule> {
     matches.extend(resolvers(desired, &[Protocol::Udp, Protocol::Tcp], Match::Destination, Match::DestinationPort));
     matches.push(dhcp(Family::V4, 68, 67));
     matches.push(dhcp(Family::V6, 546, 547));
-    matches.extend(NEIGHBOUR_DISCOVERY.map(|kind| vec![Match::Icmp6Type(kind)]));
+    // What a router passed on has another hop limit; nobody takes such (RFC 4861 section 7.1).
+    matches.extend(NEIGHBOUR_DISCOVERY.map(|kind| vec![Match::Icmp6Type(kind), Match::HopLimit(255)]));
     matches.into_iter().map(|matches| rule(matches, accept(desired))).collect()
 }
 
@@ -317,6 +318,7 @@ pub(super) mod tests {
         let v6 = ipnet::Ipv6Net::new_assert([0xfd70, 0x7670, 0x6e, 0, 0, 0, 0, 1].into(), 64);
         Desired {
             tunnel: Some(Tunnel { name: "pvpn0".to_owned(), v4, v6, mtu: 1500 }),
+            guarded: vec![v4.addr().into(), v6.addr().into()],
             exceptions: Exceptions {
                 lan: vec![IpNet::new_assert([192, 168, 7, 9].into(), 24), IpNet::new_assert(v6.addr().into(), 64)],
                 resolvers: vec![[9, 9, 9, 9].into()],
@@ -333,7 +335,7 @@ pub(super) mod tests {
     /// A state with nothing in it.
     fn least() -> Desired {
         let exceptions = Exceptions::default();
-        Desired { tunnel: None, exceptions, killswitch: false, inbound_replies: false, ..desired() }
+        Desired { tunnel: None, guarded: vec![], exceptions, killswitch: false, inbound_replies: false, ..desired() }
     }
 
     /// An uplink, and a bridge to containers.
@@ -359,7 +361,7 @@ ct timeout tunnelled { protocol tcp; l3proto inet; policy = { time_wait : 10 }; 
 prerouting { type filter hook prerouting priority mangle; policy accept; }
 prerouting iifname "lo" accept
 prerouting iifname "pvpn0" accept
-prerouting tcp flags & (fin|syn|rst|ack) == syn ct state new ct mark 0x00000000 ct mark set 0x7076706e
+prerouting tcp flags & (fin|syn|rst|ack) == syn ct state new ct mark 0x00000000 fib daddr type local ct mark set 0x7076706e
 prerouting fib daddr type local meta mark set 0x7076706e
 input { type filter hook input priority filter; policy accept; }
 input iifname "lo" accept
@@ -407,9 +409,9 @@ netdev egress_eth0 ip daddr 9.9.9.9 udp dport 53 accept
 netdev egress_eth0 ip daddr 9.9.9.9 tcp dport 53 accept
 netdev egress_eth0 meta protocol ip udp sport 68 udp dport 67 accept
 netdev egress_eth0 meta protocol ip6 udp sport 546 udp dport 547 accept
-netdev egress_eth0 icmpv6 type nd-router-solicit accept
-netdev egress_eth0 icmpv6 type nd-neighbor-solicit accept
-netdev egress_eth0 icmpv6 type nd-neighbor-advert accept
+netdev egress_eth0 icmpv6 type nd-router-solicit ip6 hoplimit 255 accept
+netdev egress_eth0 icmpv6 type nd-neighbor-solicit ip6 hoplimit 255 accept
+netdev egress_eth0 icmpv6 type nd-neighbor-advert ip6 hoplimit 255 accept
 netdev egress_eth0 counter drop
 "#;
         let allowed = r#"CHAIN oifname "lo" accept
@@ -423,9 +425,9 @@ CHAIN ip daddr 9.9.9.9 udp dport 53 accept
 CHAIN ip daddr 9.9.9.9 tcp dport 53 accept
 CHAIN meta nfproto ipv4 udp sport 68 udp dport 67 accept
 CHAIN meta nfproto ipv6 udp sport 546 udp dport 547 accept
-CHAIN icmpv6 type nd-router-solicit accept
-CHAIN icmpv6 type nd-neighbor-solicit accept
-CHAIN icmpv6 type nd-neighbor-advert accept"#;
+CHAIN icmpv6 type nd-router-solicit ip6 hoplimit 255 accept
+CHAIN icmpv6 type nd-neighbor-solicit ip6 hoplimit 255 accept
+CHAIN icmpv6 type nd-neighbor-advert ip6 hoplimit 255 accept"#;
         let services = r#"CHAIN oifname "docker0" meta nfproto ipv4 udp sport 67 udp dport 68 accept
 CHAIN oifname "docker0" meta nfproto ipv6 udp sport 547 udp dport 546 accept
 CHAIN oifname "docker0" udp sport 53 accept
@@ -458,7 +460,7 @@ CHAIN oifname "docker0" icmpv6 type nd-router-advert accept"#;
         let blocked = Desired { tunnel: None, ..base.clone() };
         assert_eq!(
             chains(&blocked),
-            ["prerouting", "output", "forward", "filter_output", "postrouting", "egress_eth0"]
+            ["prerouting", "input", "output", "forward", "filter_output", "postrouting", "egress_eth0"]
         );
         assert!(has(&base, "pvpn0") && !has(&blocked, "pvpn0"));
         let silent = Desired { inbound_replies: false, ..base.clone() };

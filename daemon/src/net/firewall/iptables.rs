@@ -174,6 +174,7 @@ fn line(rule: &Rule, family: Family) -> Option<String> {
             Match::SourcePort(_, port) => write!(line, " --sport {port}"),
             Match::DestinationPort(_, port) => write!(line, " --dport {port}"),
             Match::IcmpType(kind) => write!(line, " -m icmp --icmp-type {kind}"),
+            Match::HopLimit(limit) => write!(line, " -m hl --hl-eq {limit}"),
             Match::Icmp6Type(kind) => write!(line, " -m icmp6 --icmpv6-type {kind}"),
             Match::User(uid) => write!(line, " -m owner --uid-owner {uid}"),
         };
@@ -278,7 +279,7 @@ mod tests {
         let v6 = script(&ruleset, Family::V6, |_, _, _| 0);
         for line in [
             "-A PROXYVPN-PREROUTING -i pvpn0 -j RETURN",
-            "-A PROXYVPN-PREROUTING -p tcp --tcp-flags FIN,SYN,RST,ACK SYN -m conntrack --ctstate NEW -m connmark --mark 0x0/0xffffffff -j CONNMARK --set-xmark 0x7076706e/0xffffffff",
+            "-A PROXYVPN-PREROUTING -p tcp --tcp-flags FIN,SYN,RST,ACK SYN -m conntrack --ctstate NEW -m connmark --mark 0x0/0xffffffff -m addrtype --dst-type LOCAL -j CONNMARK --set-xmark 0x7076706e/0xffffffff",
             "-A PROXYVPN-POSTROUTING -d 9.9.9.9 -p udp --dport 53 -j RETURN",
             "-A PROXYVPN-POSTROUTING -j DROP",
             "-A PROXYVPN-FORWARD -j DROP",
@@ -288,7 +289,12 @@ mod tests {
             let line = line.replace("-d 9.9.9.9 -p udp", "-p udp -d 9.9.9.9");
             assert!(v4.contains(&format!("{line}\n")), "{line}\n{v4}");
         }
-        assert!(v6.contains("-A PROXYVPN-POSTROUTING -p ipv6-icmp -m icmp6 --icmpv6-type 135 -j RETURN\n"), "{v6}");
+        assert!(
+            v6.contains(
+                "-A PROXYVPN-POSTROUTING -p ipv6-icmp -m icmp6 --icmpv6-type 135 -m hl --hl-eq 255 -j RETURN\n"
+            ),
+            "{v6}"
+        );
         assert!(!v6.contains("9.9.9.9") && !v4.contains("icmp6"));
         assert!(!v6.contains("-D "));
     }

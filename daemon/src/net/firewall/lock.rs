@@ -27,7 +27,7 @@ pub(super) fn lock(sessions: &[(SocketAddr, SocketAddr)]) -> Ruleset {
         .map(|(local, remote)| rule(Match::segments(local, remote), Action::Accept))
         .collect();
     // The mark is the same that our table sets. A profile that does not answer connections from outside has its table refuse.
-    let outside = vec![Match::Syn, Match::CtNew, Match::CtMark(0)];
+    let outside = vec![Match::Syn, Match::CtNew, Match::CtMark(0), Match::ToLocal];
     let outside = vec![rule(vec![Match::Iif("lo".to_owned())], Action::Accept), rule(outside, Action::SetCtMark(MARK))];
     let mut output = open(&sessions);
     output.push(rule(vec![Match::Protocol(Protocol::Tcp)], Action::RejectReset));
@@ -52,6 +52,7 @@ pub(super) fn lock(sessions: &[(SocketAddr, SocketAddr)]) -> Ruleset {
 fn open(sessions: &[Rule]) -> Vec<Rule> {
     let nothing = Desired {
         tunnel: None,
+        guarded: vec![],
         exceptions: Exceptions::default(),
         killswitch: true,
         inbound_replies: true,

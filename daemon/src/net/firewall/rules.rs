@@ -124,6 +124,8 @@ pub(super) enum Match {
     IcmpType(u8),
     /// ICMPv6 type (RFC 4443, RFC 4861).
     Icmp6Type(u8),
+    /// IPv6 hop limit.
+    HopLimit(u8),
     /// A neighbour advertisement for this address (RFC 4861).
     NdTarget(Ipv6Addr),
     /// Sent by a socket of this local user.
@@ -168,7 +170,9 @@ impl Rule {
             Match::Family(family) => Some(*family),
             Match::Source(net) | Match::Destination(net) => Some(Family::of(net.addr())),
             Match::Protocol(Protocol::Icmp) | Match::IcmpType(_) => Some(Family::V4),
-            Match::Protocol(Protocol::Icmp6) | Match::Icmp6Type(_) | Match::NdTarget(_) => Some(Family::V6),
+            Match::Protocol(Protocol::Icmp6) | Match::Icmp6Type(_) | Match::NdTarget(_) | Match::HopLimit(_) => {
+                Some(Family::V6)
+            }
             _ => None,
         })
     }

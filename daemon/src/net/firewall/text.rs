@@ -154,6 +154,7 @@ impl Display for Match {
             Self::Icmp6Type(kind) => write!(f, "icmpv6 type {kind}"),
             // Behind type, code, checksum and flags (RFC 4861 section 4.4); older versions of nft have no name for it.
             Self::NdTarget(address) => write!(f, "@th,64,128 {:#x}", address.to_bits()),
+            Self::HopLimit(limit) => write!(f, "ip6 hoplimit {limit}"),
             Self::User(uid) => write!(f, "meta skuid {uid}"),
         }
     }

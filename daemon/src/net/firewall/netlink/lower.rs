@@ -105,6 +105,7 @@ fn condition(m: &Match, list: &mut Vec<Expr>) {
         Match::IcmpType(kind) | Match::Icmp6Type(kind) => {
             list.extend([payload(Header::Transport, 0, 1), cmp(EQUAL, &[*kind])]);
         }
+        Match::HopLimit(limit) => list.extend([payload(Header::Network, 7, 1), cmp(EQUAL, &[*limit])]),
         Match::NdTarget(address) => list.extend([payload(Header::Transport, 8, 16), cmp(EQUAL, &address.octets())]),
         Match::EtherType(kind) => list.extend(ether_type(*kind)),
         // Behind types, lengths, operation and the sender's link address (RFC 826).
