@@ -6,6 +6,7 @@
 //! - [`config`]: files of the administrator: settings, profiles, secrets
 //! - [`fdstore`]: descriptors that outlive the daemon
 //! - [`log`]: the newest records, for callers on the bus
+//! - `record`: small files of the daemon's own
 //! - [`resolvers`]: which DNS servers the machine uses
 //! - [`lookup`]: addresses of the upstream's name, over marked sockets
 //! - [`net`]: mechanism: desired network state, plan, apply, undo; knows no profiles
@@ -22,6 +23,7 @@ pub mod log;
 pub mod lookup;
 pub mod machine;
 pub mod net;
+mod record;
 pub mod resolvers;
 pub mod service;
 mod systemd;

@@ -152,6 +152,17 @@ pub(super) fn read_at(
     path: &Path,
     rules: Rules<'_>,
 ) -> Result<Zeroizing<Vec<u8>>, FileError> {
+    read_bounded(open_at(dir, name, path, rules)?, rules.max)
+        .map_err(|source| FileError::Read { path: path.into(), source })?
+        .ok_or_else(|| FileError::TooLarge { path: path.into(), max: rules.max })
+}
+
+/// Opens a regular file that only the right owner can have written. Its size is not looked at.
+pub(crate) fn open(path: &Path, rules: Rules<'_>) -> Result<File, FileError> {
+    open_at(CWD, path.as_os_str(), path, rules)
+}
+
+fn open_at(dir: BorrowedFd<'_>, name: &OsStr, path: &Path, rules: Rules<'_>) -> Result<File, FileError> {
     // O_NONBLOCK: opening a FIFO must not wait for its writer.
     let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC;
     let fd = openat(dir, name, flags, Mode::empty()).map_err(|errno| open_error(path, errno))?;
@@ -163,9 +174,7 @@ pub(super) fn read_at(
     if rules.secret && stat.st_mode & 0o007 != 0 {
         return Err(FileError::Exposed { path: path.into(), mode: stat.st_mode & 0o7777 });
     }
-    read_bounded(File::from(fd), rules.max)
-        .map_err(|source| FileError::Read { path: path.into(), source })?
-        .ok_or_else(|| FileError::TooLarge { path: path.into(), max: rules.max })
+    Ok(File::from(fd))
 }
 
 /// Reads to the end; `None` when there are more than `max` bytes. One buffer that never moves: it may hold a secret.

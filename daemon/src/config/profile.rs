@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 
 /// A profile: what to connect to and what to protect (`proxyvpn-profile(5)`).
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct Profile {
     /// Name: 1 to 64 of `[A-Za-z0-9._-]`, not starting with `.` or `-`
     /// ([`check::profile_name`](super::check::profile_name)); `adhoc` for a connection without a profile.
@@ -39,6 +40,7 @@ pub enum Backend {
 
 /// `[upstream]`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct UpstreamSpec {
     /// Protocol.
     pub scheme: Scheme,
@@ -87,6 +89,7 @@ pub enum PasswordSource {
 
 /// `[tun]`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct TunSpec {
     /// Device name, 1 to 15 bytes.
     pub name: String,
@@ -111,6 +114,7 @@ impl Default for TunSpec {
 
 /// `[dns]`. The modes other than `bypass` are rejected with a clear error until they are built.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct DnsSpec {
     /// Resolvers that may be asked around the tunnel; empty means those of the machine.
     pub servers: Vec<IpAddr>,
@@ -118,6 +122,7 @@ pub struct DnsSpec {
 
 /// `[protect]`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct ProtectSpec {
     /// Block what does not go through the tunnel.
     pub killswitch: bool,

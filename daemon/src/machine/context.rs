@@ -113,6 +113,8 @@ pub(super) struct Context<W, I> {
     view: watch::Sender<View>,
     /// What is not as it should be for as long as the daemon runs.
     standing: Vec<HealthItem>,
+    /// What could not be undone, or not be closed: it stays so, whatever is tried meanwhile, until the next time.
+    pub(super) unsettled: Vec<HealthItem>,
     pub(super) lockdown: Lock,
 }
 
@@ -137,7 +139,7 @@ impl<W: World, I: Inspector> Context<W, I> {
         let (held, ready) = (VecDeque::new(), VecDeque::new());
         let orders = Orders { commands, held, ready, shutdown, stopping: false, inspector };
         let lockdown = Lock { files, on: false, holds: false, health: Vec::new() };
-        Self { world, orders, intent, view, standing, lockdown }
+        Self { world, orders, intent, view, standing, unsettled: Vec::new(), lockdown }
     }
 
     /// Whether nothing may leave without a connection.

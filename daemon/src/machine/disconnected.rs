@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use proxyvpn_dbus::Error;
-use proxyvpn_dbus::types::{HealthItem, Reason, State};
+use proxyvpn_dbus::types::{Reason, State};
 use tokio::time::{MissedTickBehavior, interval};
 
 use super::connecting::Connecting;
@@ -18,8 +18,6 @@ const LOOK: Duration = Duration::from_secs(30);
 pub(super) struct Disconnected {
     /// Why the last connection ended or was not made.
     pub(super) reason: Reason,
-    /// What could not be undone, or not be closed.
-    pub(super) unsettled: Vec<HealthItem>,
     /// Who has waited for this to connect.
     pub(super) next: Option<(Box<Request>, Reply)>,
 }
@@ -27,7 +25,7 @@ pub(super) struct Disconnected {
 impl Disconnected {
     /// After an attempt that changed nothing.
     pub(super) fn after(failure: &Failure) -> Self {
-        Self { reason: failure.reason(), unsettled: Vec::new(), next: None }
+        Self { reason: failure.reason(), next: None }
     }
 
     pub(super) async fn next<W: World, I: Inspector>(mut self, context: &mut Context<W, I>) -> Option<Stage> {
@@ -38,7 +36,7 @@ impl Disconnected {
             tracing::error!("cannot record that nothing is wanted: {error}; the daemon will connect when it starts");
         }
         context.enter(State::Disconnected, self.reason.clone(), None);
-        context.health(self.unsettled.clone());
+        context.health(context.unsettled.clone());
         if context.orders.stopping {
             return None;
         }
@@ -77,9 +75,10 @@ impl Disconnected {
                 Order::Lockdown(on, reply) => {
                     let done = context.set_lockdown(on).await;
                     if done.is_ok() {
-                        self.unsettled = context.rest().0.await;
+                        let unsettled = context.rest().0.await;
+                        context.unsettled = unsettled;
                         context.enter(State::Disconnected, self.reason.clone(), None);
-                        context.health(self.unsettled.clone());
+                        context.health(context.unsettled.clone());
                     }
                     answer(reply, done);
                 }
@@ -94,11 +93,12 @@ impl Disconnected {
 
     /// Whether the block of a lockdown is still in force; what others removed is put back.
     async fn look<W: World, I: Inspector>(&mut self, context: &mut Context<W, I>) {
-        if !self.unsettled.is_empty() {
-            self.unsettled = context.rest().0.await;
+        if !context.unsettled.is_empty() {
+            let unsettled = context.rest().0.await;
+            context.unsettled = unsettled;
             context.enter(State::Disconnected, self.reason.clone(), None);
         }
-        let mut health = self.unsettled.clone();
+        let mut health = context.unsettled.clone();
         health.extend(context.world.health().await);
         context.health(health);
     }

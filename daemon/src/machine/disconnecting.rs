@@ -43,32 +43,34 @@ impl Disconnecting {
         };
         context.enter(State::Disconnecting, reason.clone(), None);
         context.progress("restore-network", 0, summary);
-        let (work, orders) = context.rest();
-        let mut work = pin!(work);
         // The first who wants to connect again gets it when this is done: a call that starts the daemon comes this early.
         let mut next: Option<(Box<Request>, Reply)> = None;
-        let unsettled = loop {
-            tokio::select! {
-                biased;
-                unsettled = &mut work => break unsettled,
-                order = orders.next() => match order {
-                    Order::Connect(request, reply) if next.is_none() => next = Some((request, reply)),
-                    Order::Connect(_, reply) => busy(reply, "another connection is about to be made"),
-                    Order::Reconnect(reply) => busy(reply, "the connection is being taken down"),
-                    Order::Lockdown(on, reply) => orders.hold(on, reply),
-                    Order::Disconnect(reply) => {
-                        accept(reply);
-                        if let Some((_, reply)) = next.take() {
-                            busy(reply, "somebody disconnected meanwhile");
+        context.unsettled = {
+            let (work, orders) = context.rest();
+            let mut work = pin!(work);
+            loop {
+                tokio::select! {
+                    biased;
+                    unsettled = &mut work => break unsettled,
+                    order = orders.next() => match order {
+                        Order::Connect(request, reply) if next.is_none() => next = Some((request, reply)),
+                        Order::Connect(_, reply) => busy(reply, "another connection is about to be made"),
+                        Order::Reconnect(reply) => busy(reply, "the connection is being taken down"),
+                        Order::Lockdown(on, reply) => orders.hold(on, reply),
+                        Order::Disconnect(reply) => {
+                            accept(reply);
+                            if let Some((_, reply)) = next.take() {
+                                busy(reply, "somebody disconnected meanwhile");
+                            }
                         }
-                    }
-                    Order::Shutdown => {}
-                },
+                        Order::Shutdown => {}
+                    },
+                }
             }
         };
-        for item in &unsettled {
+        for item in &context.unsettled {
             tracing::error!(code = item.code, "{}", item.text);
         }
-        Stage::Disconnected(Disconnected { reason, unsettled, next })
+        Stage::Disconnected(Disconnected { reason, next })
     }
 }

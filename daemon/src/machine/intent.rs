@@ -1,13 +1,12 @@
 //! What is wanted, so that a daemon that was killed goes on with it instead of opening the network.
 
-use std::fs;
-use std::io::{ErrorKind, Write as _};
-use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
+use super::failure::chain;
 use crate::config::profile::Profile;
+use crate::record;
 
 const VERSION: u32 = 1;
 
@@ -43,12 +42,12 @@ impl IntentFile {
     /// Reads the record.
     #[must_use]
     pub fn read(&self) -> Intent {
-        let text = match fs::read_to_string(&self.0) {
-            Ok(text) => text,
-            Err(error) if error.kind() == ErrorKind::NotFound => return Intent::Nothing,
-            Err(error) => return Intent::Unreadable(format!("{}: {error}", self.0.display())),
+        let bytes = match record::read(&self.0) {
+            Ok(Some(bytes)) => bytes,
+            Ok(None) => return Intent::Nothing,
+            Err(error) => return Intent::Unreadable(chain(&error)),
         };
-        match serde_json::from_str::<Record>(&text) {
+        match serde_json::from_slice::<Record>(&bytes) {
             Ok(Record { version: VERSION, profile }) => Intent::Profile(profile),
             Ok(Record { version, .. }) => {
                 Intent::Unreadable(format!("{}: version {version} is not known", self.0.display()))
@@ -57,48 +56,36 @@ impl IntentFile {
         }
     }
 
-    /// Records that `profile` is wanted, so that the record survives a power cut.
+    /// Records that `profile` is wanted. After a failure the last record is still there.
     ///
     /// # Errors
     /// Those of writing, syncing and renaming.
     pub fn write(&self, profile: &Profile) -> std::io::Result<()> {
-        let record = serde_json::to_vec(&Record { version: VERSION, profile: Box::new(profile.clone()) })?;
-        let temporary = self.0.with_extension("new");
-        let mut file = fs::OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&temporary)?;
-        file.write_all(&record)?;
-        file.sync_all()?;
-        fs::rename(&temporary, &self.0)?;
-        self.0.parent().map_or(Ok(()), |directory| fs::File::open(directory)?.sync_all())
+        record::write(&self.0, &serde_json::to_vec(&Record { version: VERSION, profile: Box::new(profile.clone()) })?)
     }
 
     /// Records that nothing is wanted.
     ///
     /// # Errors
-    /// Those of unlinking, except that the record is gone already.
+    /// Those of removing, except that the record is gone already.
     pub fn clear(&self) -> std::io::Result<()> {
-        match fs::remove_file(&self.0) {
-            Err(error) if error.kind() != ErrorKind::NotFound => Err(error),
-            _ => Ok(()),
-        }
+        record::remove(&self.0)
     }
 }
 
 #[cfg(test)]
 #[allow(clippy::unwrap_used, reason = "a failed set-up is a failed test")]
 mod tests {
-    use super::*;
+    use std::fs;
+    use std::os::unix::fs::PermissionsExt as _;
 
-    fn directory(name: &str) -> PathBuf {
-        let path = std::env::temp_dir().join(format!("proxyvpn-intent-{name}-{}", std::process::id()));
-        let _ = fs::remove_dir_all(&path);
-        fs::create_dir(&path).unwrap();
-        path
-    }
+    use super::*;
+    use crate::test_dir::TestDir;
 
     #[test]
     fn round_trip() {
-        let directory = directory("round-trip");
-        let file = IntentFile::new(&directory);
+        let dir = TestDir::new("intent");
+        let file = IntentFile::new(&dir.path(""));
         assert_eq!(file.read(), Intent::Nothing);
         file.clear().unwrap();
         let profile = crate::machine::tests::profile();
@@ -107,16 +94,38 @@ mod tests {
         assert_eq!(file.read(), Intent::Profile(Box::new(profile)));
         file.clear().unwrap();
         assert_eq!(file.read(), Intent::Nothing);
-        fs::remove_dir_all(directory).unwrap();
     }
 
     #[test]
     fn what_cannot_be_understood_is_not_taken_for_nothing() {
-        let directory = directory("unreadable");
-        for text in ["", "{", "{\"version\":2,\"profile\":{}}", "{\"version\":1}"] {
-            fs::write(directory.join("intent.json"), text).unwrap();
-            assert!(matches!(IntentFile::new(&directory).read(), Intent::Unreadable(_)), "{text}");
+        let dir = TestDir::new("intent-unreadable");
+        let (path, file) = (dir.path("intent.json"), IntentFile::new(&dir.path("")));
+        file.write(&crate::machine::tests::profile()).unwrap();
+        let whole = fs::read_to_string(&path).unwrap();
+        let edited = |from: &str, to: &str| {
+            assert!(whole.contains(from), "{whole}");
+            whole.replacen(from, to, 1)
+        };
+        let mut texts = vec![
+            edited("\"version\":1", "\"version\":2"),
+            edited("{\"version\"", "{\"also\":0,\"version\""),
+            edited("\"autoconnect\"", "\"also\":0,\"autoconnect\""),
+            edited("\"killswitch\"", "\"also\":0,\"killswitch\""),
+            edited("\"killswitch\":true,", ""),
+            format!("{whole}{whole}"),
+            "\u{0}".repeat(whole.len()),
+        ];
+        texts.extend((0..whole.len()).map(|length| whole[..length].to_owned()));
+        for text in texts {
+            fs::write(&path, &text).unwrap();
+            assert!(matches!(file.read(), Intent::Unreadable(_)), "{text}");
         }
-        fs::remove_dir_all(directory).unwrap();
+        fs::write(&path, &whole).unwrap();
+        assert!(matches!(file.read(), Intent::Profile(_)), "anti-test: the whole record is read");
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o666)).unwrap();
+        assert!(matches!(file.read(), Intent::Unreadable(cause) if cause.contains("chmod go-w")));
+        // Whatever it is, it can be decided that nothing is wanted.
+        file.clear().unwrap();
+        assert_eq!(file.read(), Intent::Nothing);
     }
 }

@@ -1,9 +1,8 @@
 //! Lockdown, on disk: no network without a connection, also after a reboot; and which profiles have connected, without one
 //! of which nobody is locked out.
 
-use std::fs::{self, OpenOptions};
-use std::io::{self, ErrorKind, Write as _};
-use std::os::unix::fs::OpenOptionsExt as _;
+use std::fs;
+use std::io::{self, ErrorKind};
 use std::path::{Path, PathBuf};
 
 use rustix::process::geteuid;
@@ -11,6 +10,7 @@ use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
 use crate::config::file::{self, FileError, Rules};
 use crate::config::profile::Profile;
+use crate::record;
 
 const VERSION: u32 = 1;
 /// More than either record can hold.
@@ -175,12 +175,7 @@ fn read<T: DeserializeOwned>(path: &Path, version: impl Fn(&T) -> u32) -> Result
 }
 
 fn write(path: &Path, record: &impl Serialize) -> io::Result<()> {
-    let temporary = path.with_extension("new");
-    let mut file = OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&temporary)?;
-    file.write_all(&serde_json::to_vec(record)?)?;
-    file.sync_all()?;
-    fs::rename(&temporary, path)?;
-    sync_directory(path)
+    record::write(path, &serde_json::to_vec(record)?)
 }
 
 fn sync_directory(path: &Path) -> io::Result<()> {

@@ -20,6 +20,8 @@ mod disconnecting;
 pub mod failure;
 pub mod intent;
 pub mod lockdown;
+#[cfg(test)]
+mod model;
 pub mod phase;
 #[cfg(test)]
 mod tests;

@@ -490,6 +490,13 @@ fn what_could_not_be_undone_is_shown() {
         let health = rig.handle.view.borrow().health.clone();
         assert_eq!(health[1].code, "not-undone");
         assert!(health[1].text.contains("rescue"));
+        // An attempt that changed nothing does not change that.
+        *rig.script.failing.lock().unwrap() = [Phase::ResolveUpstream].into();
+        rig.connect().await.unwrap();
+        rig.handle.view.wait_for(|view| view.reason.code == "upstream-unreachable").await.unwrap();
+        rig.until(State::Disconnected).await;
+        seen().await;
+        assert_eq!(rig.handle.view.borrow().health, health);
     });
 }
 

@@ -2,21 +2,20 @@
 //! to read after a crash, and its presence says that there may be something to clean up.
 
 use std::collections::BTreeSet;
-use std::fs::{self, File, OpenOptions};
-use std::io::{self, Write};
-use std::os::unix::fs::OpenOptionsExt;
+use std::error::Error as StdError;
+use std::io;
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
 use super::Error;
+use crate::record;
 
 const VERSION: u32 = 1;
-/// A record is far smaller; what is larger is not ours.
-const MAX_BYTES: u64 = 1 << 20;
 
 /// What the file holds.
 #[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 struct Content {
     version: u32,
     /// What takes the changes back, as text.
@@ -42,7 +41,7 @@ impl Journal {
                 (undo, interrupted)
             }
             Err(error) => {
-                tracing::warn!(path = %path.display(), %error, "the journal can't be read: assuming that there are changes");
+                tracing::warn!(path = %path.display(), error, "the journal can't be read: assuming that there are changes");
                 (BTreeSet::new(), true)
             }
         };
@@ -74,29 +73,15 @@ impl Journal {
     pub(super) fn clear(&mut self) -> Result<(), Error> {
         self.undo.clear();
         self.interrupted = false;
-        match fs::remove_file(&self.path) {
-            Ok(()) => self.sync_directory(),
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
-            Err(error) => Err(error),
-        }
-        .map_err(|source| self.error(source))
+        record::remove(&self.path).map_err(|source| self.error(source))
     }
 
     fn write(&self) -> Result<(), Error> {
-        let write = || -> io::Result<()> {
-            let temporary = self.path.with_extension("tmp");
-            let content = Content { version: VERSION, undo: self.undo.clone() };
-            let mut file = OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&temporary)?;
-            file.write_all(&serde_json::to_vec(&content)?)?;
-            file.sync_all()?;
-            fs::rename(&temporary, &self.path)?;
-            self.sync_directory()
-        };
-        write().map_err(|source| self.error(source))
-    }
-
-    fn sync_directory(&self) -> io::Result<()> {
-        self.path.parent().map_or(Ok(()), |directory| File::open(directory)?.sync_all())
+        let bytes = serde_json::to_vec(&Content { version: VERSION, undo: self.undo.clone() });
+        bytes
+            .map_err(io::Error::from)
+            .and_then(|bytes| record::write(&self.path, &bytes))
+            .map_err(|source| self.error(source))
     }
 
     fn error(&self, source: io::Error) -> Error {
@@ -104,32 +89,22 @@ impl Journal {
     }
 }
 
-fn read(path: &Path) -> io::Result<Option<BTreeSet<String>>> {
-    let invalid = |text: &str| io::Error::new(io::ErrorKind::InvalidData, text.to_owned());
-    match fs::metadata(path) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
-        Err(error) => return Err(error),
-        Ok(metadata) if metadata.len() > MAX_BYTES => return Err(invalid("too large")),
-        Ok(_) => {}
-    }
-    let content: Content = serde_json::from_slice(&fs::read(path)?)?;
-    if content.version == VERSION { Ok(Some(content.undo)) } else { Err(invalid("unknown version")) }
+fn read(path: &Path) -> Result<Option<BTreeSet<String>>, Box<dyn StdError>> {
+    let Some(bytes) = record::read(path)? else { return Ok(None) };
+    let content: Content = serde_json::from_slice(&bytes)?;
+    if content.version == VERSION { Ok(Some(content.undo)) } else { Err("unknown version".into()) }
 }
 
 #[cfg(test)]
 #[allow(clippy::unwrap_used, reason = "tests")]
 mod tests {
     use super::*;
-
-    fn directory(name: &str) -> PathBuf {
-        let path = std::env::temp_dir().join(format!("proxyvpn-journal-{name}-{}", std::process::id()));
-        fs::create_dir_all(&path).unwrap();
-        path
-    }
+    use crate::test_dir::TestDir;
 
     #[test]
     fn tells_an_interrupted_run() {
-        let dir = directory("interrupted");
+        let dir = TestDir::new("journal");
+        let dir = dir.path("");
         let mut journal = Journal::open(&dir);
         assert!(!journal.interrupted());
         let before = journal.begin(["rule remove x".to_owned()]).unwrap();
@@ -139,29 +114,47 @@ mod tests {
         next.clear().unwrap();
         next.clear().unwrap();
         assert!(!Journal::open(&dir).interrupted());
-        fs::remove_dir_all(dir).unwrap();
     }
 
     #[test]
     fn roll_back_forgets_only_the_last_batch() {
-        let dir = directory("rollback");
-        let mut journal = Journal::open(&dir);
+        let dir = TestDir::new("journal-rollback");
+        let mut journal = Journal::open(&dir.path(""));
         journal.begin(["a".to_owned()]).unwrap();
         let before = journal.begin(["b".to_owned()]).unwrap();
         journal.roll_back(before).unwrap();
-        assert_eq!(read(&dir.join("journal.json")).unwrap().unwrap(), BTreeSet::from(["a".to_owned()]));
-        fs::remove_dir_all(dir).unwrap();
+        assert_eq!(read(&dir.path("journal.json")).unwrap().unwrap(), BTreeSet::from(["a".to_owned()]));
     }
 
     #[test]
     fn what_cannot_be_read_counts_as_changes() {
-        let dir = directory("unreadable");
-        for text in ["", "{", r#"{"version":2,"undo":[]}"#, r#"{"version":1}"#, "\u{0}\u{0}"] {
-            fs::write(dir.join("journal.json"), text).unwrap();
-            let mut journal = Journal::open(&dir);
-            assert!(journal.interrupted(), "{text:?}");
-            journal.clear().unwrap();
+        let dir = TestDir::new("journal-unreadable");
+        let path = dir.path("journal.json");
+        let texts = [
+            "",
+            "{",
+            r#"{"version":2,"undo":[]}"#,
+            r#"{"version":1}"#,
+            r#"{"version":1,"undo":[],"also":0}"#,
+            "\u{0}\u{0}",
+        ];
+        for text in texts {
+            std::fs::write(&path, text).unwrap();
+            assert!(Journal::open(&dir.path("")).interrupted(), "{text:?}");
         }
-        fs::remove_dir_all(dir).unwrap();
+        for make in [
+            "mkfifo journal.json",
+            "mkdir journal.json",
+            "ln -s /dev/zero journal.json",
+            "touch journal.json; chmod 666 journal.json",
+        ] {
+            let script = format!("rm -rf journal.json; {make}");
+            let made = std::process::Command::new("sh").args(["-c", &script]).current_dir(dir.path("")).status();
+            assert!(made.unwrap().success());
+            let mut journal = Journal::open(&dir.path(""));
+            assert!(journal.interrupted(), "{make}");
+            journal.clear().unwrap();
+            assert!(!path.exists(), "{make}");
+        }
     }
 }

@@ -34,6 +34,8 @@ mod keep;
 mod kernel;
 pub mod lock;
 mod look;
+#[cfg(test)]
+pub(crate) mod model;
 mod network;
 mod observed;
 mod owners;

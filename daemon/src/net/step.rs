@@ -212,7 +212,7 @@ impl Step {
     }
 
     /// The step that takes it back. `None`: nothing to take back, because it goes with the device.
-    pub(super) fn inverse(&self) -> Option<Self> {
+    pub(crate) fn inverse(&self) -> Option<Self> {
         let change = match &self.change {
             Change::Settings(_) => return None,
             Change::SourceMark { device, value } => {
@@ -233,7 +233,7 @@ impl Step {
     }
 
     /// The whole line, for logs and the journal.
-    pub(super) fn line(&self) -> String {
+    pub(crate) fn line(&self) -> String {
         format!("{} {} {self}", self.layer().as_str(), self.action.as_str())
     }
 }
