@@ -18,7 +18,7 @@ use super::world::{Facts, Fault, Inspector, World};
 use super::{Command, Failure, Handle, Machine, Phase, Request};
 use crate::net::Stage;
 use crate::net::Step;
-use crate::net::desired::{Desired, Exceptions, Locked, Tunnel};
+use crate::net::desired::Desired;
 use crate::net::model::Model;
 use crate::test_dir::TestDir;
 
@@ -155,17 +155,6 @@ fn failure() -> Failure {
     Failure::new(ReasonCode::NetworkFailed, "no way")
 }
 
-fn desired() -> Desired {
-    let tun = profile().tun;
-    Desired {
-        tunnel: Some(Tunnel { name: tun.name, v4: tun.cidr, v6: tun.cidr6, mtu: tun.mtu }),
-        exceptions: Exceptions::default(),
-        killswitch: true,
-        inbound_replies: true,
-        locked: Locked::No,
-    }
-}
-
 /// As the proxy backend, on the model.
 struct Double {
     shared: Rc<Shared>,
@@ -177,7 +166,7 @@ impl World for Double {
         let shared = &self.shared;
         match phase {
             Phase::CheckPrivileges => {
-                self.desired = Some(desired());
+                self.desired = Some(Model::desired());
                 shared.gate(phase.as_str().to_owned()).await
             }
             Phase::ProbeUpstream => {
@@ -186,21 +175,21 @@ impl World for Double {
             }
             Phase::CreateTun => {
                 shared.engine.set(true);
-                let made = shared.apply(Stage::Tunnel, &desired()).await;
+                let made = shared.apply(Stage::Tunnel, &Model::desired()).await;
                 if made.is_err() {
                     shared.stop_engine();
                 }
                 made
             }
-            Phase::ApplyFirewall => shared.apply(Stage::Firewall, &desired()).await,
-            Phase::ApplyRoutes => shared.apply(Stage::Routes, &desired()).await,
+            Phase::ApplyFirewall => shared.apply(Stage::Firewall, &Model::desired()).await,
+            Phase::ApplyRoutes => shared.apply(Stage::Routes, &Model::desired()).await,
             Phase::SaveNetwork => shared.gate(phase.as_str().to_owned()).await,
             Phase::ResolveUpstream | Phase::ConfigureDns | Phase::FlushDns => Ok(()),
         }
     }
 
     async fn block(&mut self, _: Option<&Request>) -> Result<(), Failure> {
-        let blocked = Desired { tunnel: None, ..desired() };
+        let blocked = Desired { tunnel: None, ..Model::desired() };
         let firewall = match self.shared.defect {
             Defect::BlockOnlyRoutes => Ok(()),
             _ => self.shared.apply(Stage::Firewall, &blocked).await,

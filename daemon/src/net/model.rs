@@ -32,6 +32,11 @@ impl Model {
         Self { observed, firewall: false }
     }
 
+    /// What a connection wants.
+    pub(crate) fn desired() -> Desired {
+        plan::tests::desired()
+    }
+
     /// What is to be done now to get there.
     pub(crate) fn plan(&self, stage: Stage, desired: &Desired) -> Vec<Step> {
         match stage {
