@@ -98,10 +98,14 @@ impl Network {
 
     /// Puts the rules back that were installed. They are not compiled anew, because until they are back the firewall is open.
     async fn refill(&mut self, desired: &Desired) -> Result<(), Error> {
-        match (&self.backend, self.installed.clone()) {
-            (Some(backend), Some(ruleset)) => Ok(on(backend, move |backend| backend.apply(&ruleset)).await?),
-            _ => self.apply(Stage::Firewall, desired).await,
+        if let (Some(backend), Some(ruleset)) = (&self.backend, self.installed.clone()) {
+            match on(backend, move |backend| backend.apply(&ruleset)).await {
+                Ok(()) => return Ok(()),
+                // A device may be gone that they name.
+                Err(error) => tracing::debug!(error = &error as &dyn std::error::Error, "not as it was"),
+            }
         }
+        self.apply(Stage::Firewall, desired).await
     }
 
     /// Whether the firewall is what this process installed, as far as it can be read back.

@@ -134,6 +134,7 @@ fn what_others_remove_is_back_at_once_and_nothing_leaves_meanwhile() {
     let firewall = [
         "nft flush ruleset",
         "nft delete table inet proxyvpn",
+        "nft delete table netdev proxyvpn",
         "nft flush chain inet proxyvpn postrouting",
         "nft insert rule inet proxyvpn postrouting accept",
     ];
@@ -223,6 +224,67 @@ fn our_own_changes_and_those_of_others_elsewhere_cost_no_endless_looks() {
         eprintln!("{count} looks of {busy:?} altogether while others made 5,000 changes in {span:?}");
         assert!(count < 12, "{count} looks at what is no concern of ours");
         assert!(repaired(&mut network, &mut watch, &desired, "ip rule del priority 3731").await < BOUND);
+    });
+}
+
+#[test]
+#[ignore = "needs root and makes network namespaces"]
+fn an_uplink_that_comes_goes_or_is_renamed_is_taken_in() {
+    let world = World::new();
+    world.host.run_async(async || {
+        sh("echo 1 > /proc/sys/net/ipv4/conf/default/rp_filter");
+        let mut network = open(&world.state).await;
+        let desired = desired();
+        let mut watch = network.watch().unwrap();
+        let _fds = connect(&mut network, &desired).await;
+        let steps: [(&str, &[&str], &[&str]); 4] = [
+            (
+                "ip link add up1 type veth peer name far1; ip link set up1 up; ip link set far1 up; ip addr add 198.18.1.1/24 dev up1
+                 ip route add default via 198.18.1.2 metric 50",
+                &["up0", "up1"],
+                &[],
+            ),
+            ("ip link set up1 down; ip link set up1 name wan7; ip link set wan7 up", &["up0", "wan7"], &["up1"]),
+            ("ip link del wan7", &["up0"], &["wan7", "up1"]),
+            ("ip link set up0 down; ip link set up0 up", &["up0"], &[]),
+        ];
+        for (command, there, gone) in steps {
+            let command = command.to_owned();
+            let begun = Instant::now();
+            let damage = tokio::task::spawn_blocking({
+                let command = command.clone();
+                move || sh(&command)
+            });
+            let settled = || {
+                let rules = sh("nft list tables | grep -q 'netdev proxyvpn' && nft list table netdev proxyvpn || true");
+                let named = |name: &&&str| rules.contains(&format!("device \"{name}\"")) || rules.contains(&format!("device {name}"));
+                let marked = |name: &&&str| {
+                    let path = format!("/proc/sys/net/ipv4/conf/{name}/src_valid_mark");
+                    **name == "up0" || std::fs::read_to_string(path).is_ok_and(|value| value.trim() == "112")
+                };
+                there.iter().all(|name| named(&name) && marked(&name)) && !gone.iter().any(|name| named(&name))
+            };
+            let mut errors = vec![];
+            let keeping = keep(&mut network, &mut watch, &desired, |look| {
+                errors.extend(look.errors.iter().map(ToString::to_string));
+            });
+            let end = async {
+                damage.await.unwrap();
+                while !settled() && begun.elapsed() < BOUND * 3 {
+                    tokio::time::sleep(Duration::from_millis(10)).await;
+                }
+            };
+            tokio::select! {
+                () = keeping => {}
+                () = end => {}
+            }
+            let rules = sh("nft list table netdev proxyvpn");
+            assert!(settled(), "{command}: {rules}");
+            eprintln!("taken in {:?} after the begin of: {command}; errors: {errors:?}", begun.elapsed());
+        }
+        let _ = timeout(Duration::from_secs(1), keep(&mut network, &mut watch, &desired, |_| {})).await;
+        let codes: Vec<&str> = network.look(&desired).await.unwrap().findings.iter().map(|found| found.code).collect();
+        assert!(!codes.contains(&"firewall-missing") && !codes.contains(&"steering-changed"), "{codes:?}");
     });
 }
 
