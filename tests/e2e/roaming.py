@@ -410,3 +410,21 @@ def by_name(lab):
         up(lab)
         state(lab, "connected", 8)
     lab.fetch_through("http://web.lab.test/")
+
+
+@test("a proxy whose name could not be looked up is found when the machine gets other DNS servers", seconds=120)
+def found_by_other_servers(lab):
+    lab.connect(SQUID)
+    try:
+        with lab.nothing_direct(" and not dst host 198.51.100.54"):
+            lab.app("sh", "-c", "echo nameserver 198.51.100.54 > /etc/resolv.conf")
+            until(3, lambda: lab.status()["resolvers"] == ["198.51.100.54"], "not followed")
+            lab.app("ip", "link", "del", "pvpn0")
+            state(lab, "blocked", 20, "upstream-unresolvable")
+            # tried again after 1 s, 2 s, 4 s: in the next long pause the servers change
+            until(60, lambda: lab.daemon_log().count("cannot be looked up") >= 6, "not tried again")
+            state(lab, "blocked", 15, "upstream-unresolvable")
+            lab.app("sh", "-c", f"echo nameserver {DNS} > /etc/resolv.conf")
+            print(f"  connected {state(lab, 'connected', 2.5):.2f} s after the change")
+    finally:
+        lab.app("sh", "-c", f"echo nameserver {DNS} > /etc/resolv.conf")

@@ -216,6 +216,8 @@ impl Proxy {
         self.desired = self.desired.take().map(changed);
         self.resolvers = Some(found);
         self.lookout.followed(servers);
+        // A name that could not be looked up may be known to them.
+        self.lookout.moved |= self.connector.is_none();
     }
 
     /// Begins to watch, before anything is changed.
