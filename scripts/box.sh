@@ -15,6 +15,8 @@ need_root
 CACHE=${PROXYVPN_BOX_CACHE:-/var/tmp/proxyvpn-test}
 RUN=/tmp/proxyvpn-box
 include=systemd,systemd-sysv,libpam-systemd,dbus,polkitd,login,passwd,util-linux,procps,iproute2,nftables,kmod,udev,tar,curl,libmnl0,libnftnl11
+# a package of its own since Debian 12
+[ -z "$(apt-cache pkgnames systemd-resolved 2>/dev/null)" ] || include+=,systemd-resolved
 # shellcheck source=/dev/null
 suite=$(. /etc/os-release; echo "${VERSION_CODENAME:-}")
 root=$CACHE/root-$suite-$(cksum <<<"$include" | cut -d' ' -f1)
@@ -40,6 +42,7 @@ build() {
     --dpkgopt='path-exclude=/usr/share/doc/*' --dpkgopt='path-exclude=/usr/share/man/*' --dpkgopt='path-exclude=/usr/share/locale/*' \
     --include="$include" \
     --customize-hook='rm -rf "$1"/etc/apt/sources.list* "$1"/var/lib/apt/lists/* "$1"/var/log/journal; rm -f "$1"/etc/resolv.conf; : >"$1"/etc/machine-id; echo box >"$1"/etc/hostname; echo "127.0.0.1 localhost box" >"$1"/etc/hosts; : >"$1"/etc/default/locale' \
+    --customize-hook='chroot "$1" systemctl --quiet disable systemd-resolved.service || true; rm -f "$1"/etc/resolv.conf' \
     --customize-hook='for user in alice bob; do chroot "$1" useradd -m -s /bin/bash $user; done' \
     "$suite" "$root.new" "${sources[@]}"
   mv "$root.new" "$root"; touch "$root"

@@ -34,7 +34,7 @@ leader=$(box leader "$BOX")
 nsenter -t "$(lab_pid net)" -n ip link add wan0 type veth peer name eth0 netns "$leader" && : >"$LAB/wired"
 await_ready net
 root sh -c "sysctl -qw net.ipv6.conf.eth0.accept_dad=0; ip addr add $LAB_APP4/24 dev eth0; ip -6 addr add $LAB_APP6/64 dev eth0 nodad; ip link set eth0 up; ip link set lo up
-  ip route add default via $LAB_GW4; ip -6 route add default via $LAB_GW6; echo nameserver $LAB_DNS >/etc/resolv.conf" </dev/null
+  ip route add default via $LAB_GW4; ip -6 route add default via $LAB_GW6; rm -f /etc/resolv.conf; echo nameserver $LAB_DNS >/etc/resolv.conf" </dev/null
 nsenter -t "$leader" -m sh -c 'cat >/etc/lab-ca.pem' <"$LAB/ca.pem"
 
 fetch() { root curl -sS --max-time 15 --cacert /etc/lab-ca.pem "$1" </dev/null; }
@@ -118,6 +118,12 @@ check "a member of the group cannot read the proxy's password" no_secret
 check "a user who is not in the group is refused (exit code 4)" status_of 4 box as "$BOX" bob proxyctl disconnect
 check "http through the proxy" through_proxy http://web.lab.test/
 check "https through the proxy" through_proxy https://web.lab.test/
+
+# ---- systemd-resolved
+if nsenter -t "$leader" -a sh -c 'command -v resolvectl' >/dev/null; then
+  # shellcheck source=scripts/test-resolved.sh
+  . "$ROOT/scripts/test-resolved.sh"
+else skipped "systemd-resolved" "the distribution has no such package"; fi
 
 # ---- what kills it
 replaced_by() { # ACTION...: it replaces the daemon while programs connect all the time, and none of their packets goes around

@@ -41,6 +41,7 @@ def survives(lab):
             lab.daemon("--again")
             until(20, lambda: lab.status()["state"] == "connected", "not connected again")
             both_ways(lab, v4, v6, address=APP6)
+
         # the proxy is gone
         def blocked():
             lab.fetch("http://web.lab.test/", timeout=3, check=False)
@@ -48,6 +49,16 @@ def survives(lab):
 
         until(30, blocked, "the proxy is gone, and the state is not blocked")
         both_ways(lab, v4, v6)
+        # nothing answers, and the daemon that goes on has no tunnel either
+        with lab.nothing_direct(" and not src port 22"):
+            lab.daemon_stop("KILL")
+            lab.daemon("--again")
+            until(20, lambda: lab.status()["state"] == "blocked", "the new daemon does not block")
+            expect("pvpn0" in lab.app("ip", "route", "show", "table", "7376750").stdout, "no device holds what is blocked")
+            done = lab.fetch("http://web.lab.test/", timeout=3, check=False)
+            expect(done.returncode == 7, f"what is blocked is not refused at once: {done.stdout}")
+            both_ways(lab, v4, v6)
+            both_ways(lab, v4, v6, address=APP6)
         with faulty(lab, "tunnel", 9020):
             lab.proxyctl("reconnect")
             until(20, lambda: lab.status()["state"] == "connected", "not connected again")

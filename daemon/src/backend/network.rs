@@ -24,15 +24,13 @@ pub(super) fn desired(profile: &Profile) -> Result<(Desired, Resolvers), Failure
 fn wanted(profile: &Profile) -> (Desired, Resolvers) {
     let resolvers = resolvers::find(&profile.dns.servers, &resolvers::Paths::default());
     let guarded = guarded(&profile.tun);
-    let tunnel =
-        Tunnel { name: profile.tun.name.clone(), v4: profile.tun.cidr, v6: profile.tun.cidr6, mtu: profile.tun.mtu };
     let exceptions = Exceptions {
         lan: profile.protect.lan.clone(),
         resolvers: resolvers.addresses.clone(),
         users: profile.bypass_users.clone(),
     };
     let desired = Desired {
-        tunnel: Some(tunnel),
+        tunnel: Some(tunnel(&profile.tun)),
         guarded,
         exceptions,
         killswitch: profile.protect.killswitch,
@@ -50,6 +48,11 @@ fn wanted(profile: &Profile) -> (Desired, Resolvers) {
 /// Addresses of the device, which may still be there, or come while this is in force.
 fn guarded(tun: &TunSpec) -> Vec<IpAddr> {
     vec![IpAddr::V4(tun.cidr.addr()), IpAddr::V6(tun.cidr6.addr())]
+}
+
+/// The device that `tun` describes.
+pub(super) fn tunnel(tun: &TunSpec) -> Tunnel {
+    Tunnel { name: tun.name.clone(), v4: tun.cidr, v6: tun.cidr6, mtu: tun.mtu }
 }
 
 /// The network of `profile` without a way for the traffic. Also for what cannot be connected: it may be wanted all the same.

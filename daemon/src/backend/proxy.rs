@@ -1,6 +1,7 @@
 //! The proxy backend: TUN device and packet engine.
 
 use std::net::{IpAddr, SocketAddr};
+use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::pin::pin;
 use std::sync::Arc;
@@ -44,6 +45,8 @@ pub struct Proxy {
     network: Option<Network>,
     engine: EngineSlot,
     events: Option<mpsc::Receiver<Event>>,
+    /// The device in the place of the tunnel while all is blocked.
+    held: Vec<OwnedFd>,
     /// What the present or last attempt wants.
     desired: Option<Desired>,
     resolvers: Option<Resolvers>,
@@ -78,6 +81,7 @@ impl Proxy {
             network: None,
             engine: EngineSlot::default(),
             events: None,
+            held: Vec::new(),
             desired: None,
             resolvers: None,
             connector: None,
@@ -158,6 +162,7 @@ impl Proxy {
         let queues = self.queues;
         let queues =
             self.network().await?.create_tunnel(&tunnel, queues).await.map_err(|error| network::failure(&error))?;
+        self.held.clear();
         let (sender, events) = mpsc::channel(EVENTS);
         let config = Config { mtu, limits: self.limits, connector, owners: Some(Arc::new(net::SocketOwners)) };
         let engine = Engine::start(queues, config, sender)
@@ -280,14 +285,7 @@ impl Proxy {
             }
         }
         match way {
-            Ok(way) => {
-                // What began in another network waits for answers that can't come.
-                if self.lookout.way(way)
-                    && let Ok(network) = self.network().await
-                {
-                    network.end_stranded().await;
-                }
-            }
+            Ok(way) => self.lookout.way(way),
             Err(error) => tracing::debug!(error = &error as &dyn std::error::Error, "no way"),
         }
         match around {
@@ -357,6 +355,24 @@ impl Proxy {
         Ok(())
     }
 
+    /// Puts a device into the place of the tunnel, so that connections from outside are answered while all is blocked.
+    async fn hold(&mut self, request: Option<&Request>, desired: &Desired) -> Result<(), net::Error> {
+        if !desired.killswitch || !desired.inbound_replies || desired.locked == Locked::Idle {
+            return Ok(());
+        }
+        let tunnel = network::tunnel(&request.map(|request| request.profile.tun.clone()).unwrap_or_default());
+        let Some(network) = self.network.as_mut() else { return Ok(()) };
+        match network.hold(&tunnel).await {
+            Ok(held) => self.held = held,
+            Err(error) => {
+                let error = &error as &dyn std::error::Error;
+                tracing::warn!(error, "connections from outside are not answered until there is a tunnel again");
+                return Ok(());
+            }
+        }
+        network.apply(Stage::Routes, desired).await
+    }
+
     async fn stop_engine(&mut self) {
         self.engine.stop().await;
         self.events = None;
@@ -411,6 +427,7 @@ impl World for Proxy {
         self.in_force = Some(desired.clone());
         self.resolvers = resolvers;
         self.stop_engine().await;
+        let routes = routes.and(self.hold(request, &desired).await);
         // Also those that went through the engine. Without a firewall their resets could leave.
         if firewall.is_ok() && routes.is_ok() {
             self.network().await?.end_older(&desired).await;
@@ -556,6 +573,7 @@ impl World for Proxy {
 
     async fn tear_down(&mut self) -> Vec<String> {
         self.stop_engine().await;
+        self.held.clear();
         self.desired = None;
         self.connector = None;
         self.resolvers = None;

@@ -154,16 +154,8 @@ impl Network {
     /// # Errors
     /// [`Error::NameTaken`], [`Error::Create`], or the step that failed; nothing is left then.
     pub async fn create_tunnel(&mut self, tunnel: &Tunnel, queues: usize) -> Result<Vec<OwnedFd>, Error> {
-        let links = self.kernel.links().await?;
-        if let Some(link) = links.iter().find(|link| link.name == tunnel.name) {
-            if !link.ours {
-                return Err(Error::NameTaken(tunnel.name.clone()));
-            }
-            let failed = |source| Error::Create { name: tunnel.name.clone(), source };
-            self.kernel.delete(link).await.map_err(failed)?;
-        }
-        let undo = Step { action: Action::Remove, change: Change::Device(tunnel.name.clone()) };
-        let before = self.journal.begin([undo.line()])?;
+        self.make_way(&tunnel.name).await?;
+        let before = self.journal.begin([made(&tunnel.name).line()])?;
         let desired = Desired {
             tunnel: Some(tunnel.clone()),
             guarded: vec![],
@@ -186,6 +178,25 @@ impl Network {
         made
     }
 
+    /// Makes the device that takes what is blocked while there is no tunnel, so that the firewall can tell answers to outside
+    /// from the rest; see [`apply`](Self::apply). It has no address, and goes when the descriptor is closed.
+    ///
+    /// # Errors
+    /// As [`create_tunnel`](Self::create_tunnel).
+    pub async fn hold(&mut self, tunnel: &Tunnel) -> Result<Vec<OwnedFd>, Error> {
+        self.make_way(&tunnel.name).await?;
+        let before = self.journal.begin([made(&tunnel.name).line()])?;
+        let settings = Step { action: Action::Set, change: Change::Settings(tunnel.clone()) };
+        let held = match self.kernel.create(tunnel, 1).await {
+            Ok(fds) => self.kernel.run(&settings).await.map(|()| fds),
+            Err(error) => Err(error),
+        };
+        if held.is_err() {
+            self.journal.roll_back(before)?;
+        }
+        held
+    }
+
     /// Brings one stage from what is to what is wanted, and reads it back. On failure everything that this call did is
     /// taken back, newest first.
     ///
@@ -196,6 +207,17 @@ impl Network {
             Stage::Firewall => self.apply_firewall(desired).await,
             Stage::Tunnel | Stage::Routes => self.apply_steps(stage, desired).await,
         }
+    }
+
+    /// Removes a device of ours that has the name.
+    async fn make_way(&self, name: &str) -> Result<(), Error> {
+        let links = self.kernel.links().await?;
+        let Some(link) = links.iter().find(|link| link.name == name) else { return Ok(()) };
+        if !link.ours {
+            return Err(Error::NameTaken(name.to_owned()));
+        }
+        let failed = |source| Error::Create { name: name.to_owned(), source };
+        self.kernel.delete(link).await.map_err(failed)
     }
 
     async fn apply_steps(&mut self, stage: Stage, desired: &Desired) -> Result<(), Error> {
@@ -333,18 +355,6 @@ impl Network {
         let outside = observed.outside_addresses().map(|address| address.to_canonical()).collect();
         let desired = desired.clone();
         end("from before", move || cut::older(&desired, &own, &outside)).await;
-    }
-
-    /// Ends connections with our mark from addresses that this machine has no more, as after a move into another network. A
-    /// failure is logged.
-    pub async fn end_stranded(&self) {
-        match self.kernel.observe().await {
-            Ok(observed) => {
-                let own = observed.addresses().map(|address| address.to_canonical()).collect();
-                end("from an address that is gone", move || cut::stranded(&own)).await;
-            }
-            Err(error) => not_ended(&error),
-        }
     }
 
     /// Whether the kernel ends connections for us.
@@ -488,6 +498,11 @@ fn not_ended(error: &(dyn std::error::Error + 'static)) {
 
 async fn sessions(observed: &Observed, desired: &Desired) -> Vec<(SocketAddr, SocketAddr)> {
     if desired.inbound_replies { inbound_sessions(observed).await } else { vec![] }
+}
+
+/// The undo of a device.
+fn made(name: &str) -> Step {
+    Step { action: Action::Remove, change: Change::Device(name.to_owned()) }
 }
 
 /// Connections from outside that are open already. They can only be kept if they are known, so an error means none.

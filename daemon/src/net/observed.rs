@@ -47,6 +47,8 @@ pub(super) struct Link {
     pub(super) mtu: u32,
     /// Packets.
     pub(super) queue: u32,
+    /// Takes multicast.
+    pub(super) multicast: bool,
     /// Makes no IPv6 link-local address of its own.
     pub(super) address_generation_off: bool,
     /// `None`: the device has no IPv4.

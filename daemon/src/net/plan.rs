@@ -5,7 +5,7 @@ use std::net::IpAddr;
 use ipnet::IpNet;
 
 use super::desired::{Desired, Locked, MARK, RULE_PRIORITIES, RULE_PRIORITY, SYSCTL_ON, TABLE, Tunnel};
-use super::observed::{Observed, SourceValidation};
+use super::observed::{Link, Observed, SourceValidation};
 use super::step::{Action, Change, Family, Route, Rule, Step, Target, Verdict};
 
 /// `RT_TABLE_MAIN`.
@@ -47,9 +47,7 @@ pub(super) fn plan_removal(observed: &Observed) -> Vec<Step> {
     let rules = observed.rules.iter().cloned().map(Change::Rule);
     let routes = observed.routes.iter().cloned().map(Change::Route);
     let mut steps: Vec<Step> = rules.chain(routes).map(remove).collect();
-    let marked = |link: &&super::observed::Link| {
-        link.source_validation.is_some_and(|validation| validation.src_valid_mark == SYSCTL_ON)
-    };
+    let marked = |link: &&Link| link.source_validation.is_some_and(|validation| validation.src_valid_mark == SYSCTL_ON);
     steps.extend(observed.links.iter().filter(marked).map(|link| source_mark(&link.name, 0)));
     let devices = observed.links.iter().filter(|link| link.ours);
     steps.extend(devices.map(|link| remove(Change::Device(link.name.clone()))));
@@ -65,6 +63,7 @@ fn plan_tunnel(observed: &Observed, tunnel: &Tunnel, steps: &mut Vec<Step>) {
         link.up
             && link.mtu == u32::from(tunnel.mtu)
             && link.queue == super::tun::QUEUE
+            && !link.multicast
             && (link.address_generation_off || !link.ipv6)
     });
     if !set {
@@ -93,15 +92,34 @@ fn routes(observed: &Observed, desired: &Desired) -> Vec<Route> {
     let mut routes: Vec<Route> = families(observed)
         .map(|family| Route { family, to: None, target: Target::Unreachable, metric: METRIC_LAST })
         .collect();
-    if let Some(tunnel) = &desired.tunnel {
-        let target = Target::Device(tunnel.name.clone());
-        let through = |family| Route { family, to: None, target: target.clone(), metric: METRIC };
-        routes.push(through(Family::V4));
-        if has_ipv6(observed, tunnel) {
-            routes.push(through(Family::V6));
+    let through = |family, name: &str| {
+        let target = Target::Device(name.to_owned());
+        Route { family, to: None, target, metric: METRIC }
+    };
+    match (&desired.tunnel, held(observed, desired)) {
+        (Some(tunnel), _) => {
+            routes.push(through(Family::V4, &tunnel.name));
+            if has_ipv6(observed, tunnel) {
+                routes.push(through(Family::V6, &tunnel.name));
+            }
         }
+        (None, Some(link)) => {
+            routes.push(through(Family::V4, &link.name));
+            if link.ipv6 {
+                routes.push(through(Family::V6, &link.name));
+            }
+        }
+        (None, None) => {}
     }
     routes
+}
+
+/// The device without an address that takes what is blocked, behind a firewall that lets nothing into it: a packet without a route would not even
+/// get to the rule by which an answer to outside gets another one.
+fn held<'a>(observed: &'a Observed, desired: &Desired) -> Option<&'a Link> {
+    let bare = |link: &Link| !observed.addresses.iter().any(|address| address.index == link.index);
+    let held = |link: &&Link| link.ours && link.up && bare(link);
+    observed.links.iter().find(held).filter(|_| desired.tunnel.is_none() && desired.killswitch)
 }
 
 /// The policy rules, in the order in which they are asked. Each kind has its own priority, so that a change of one list
@@ -201,7 +219,7 @@ const fn remove(change: Change) -> Step {
 #[allow(clippy::unwrap_used, clippy::panic, reason = "tests")]
 pub(super) mod tests {
     use super::super::desired::Forward;
-    use super::super::observed::{Address, Kind, Link};
+    use super::super::observed::{Address, Kind};
     use super::*;
 
     pub(in crate::net) fn link(index: u32, name: &str, rp_filter: u32, src_valid_mark: u32) -> Link {
@@ -217,6 +235,7 @@ pub(super) mod tests {
             carrier: true,
             mtu: 1500,
             queue: 1000,
+            multicast: true,
             address_generation_off: false,
             source_validation: Some(SourceValidation { rp_filter, src_valid_mark }),
             has_ipv6: true,
@@ -270,7 +289,7 @@ pub(super) mod tests {
                 Change::Settings(t) => {
                     let link = observed.links.iter_mut().find(|link| link.name == t.name).unwrap();
                     (link.up, link.mtu, link.queue) = (true, u32::from(t.mtu), super::super::tun::QUEUE);
-                    link.address_generation_off = true;
+                    (link.address_generation_off, link.multicast) = (true, false);
                 }
                 Change::Address { device, address } => {
                     let index = index(observed, &device);
@@ -297,7 +316,7 @@ pub(super) mod tests {
         desired.exceptions.resolvers = vec!["192.0.2.53".parse().unwrap(), "::ffff:192.0.2.54".parse().unwrap()];
         let expected = "\
 link add pvpn0 type tun
-link set pvpn0 mtu 65535 txqueuelen 10000 addrgenmode none up
+link set pvpn0 mtu 65535 txqueuelen 10000 addrgenmode none multicast off up
 address add 10.255.255.1/30 dev pvpn0 noprefixroute
 address add fd70:7670:6e::1/64 dev pvpn0 noprefixroute
 route add unreachable default table 7376750 proto 112 metric 4294967295
@@ -381,7 +400,7 @@ rule add -6 priority 3731 ipproto tcp lookup 7376750 protocol 112
                     observed.links.iter_mut().for_each(|link| link.up = false);
                     observed.addresses.clear();
                 },
-                "link set pvpn0 mtu 65535 txqueuelen 10000 addrgenmode none up\n\
+                "link set pvpn0 mtu 65535 txqueuelen 10000 addrgenmode none multicast off up\n\
                  address add 10.255.255.1/30 dev pvpn0 noprefixroute\n\
                  address add fd70:7670:6e::1/64 dev pvpn0 noprefixroute\n",
             ),
@@ -446,5 +465,25 @@ rule add -6 priority 3731 ipproto tcp lookup 7376750 protocol 112
         apply(&mut observed, &undo);
         observed.addresses.clear();
         assert_eq!(observed, before);
+    }
+
+    #[test]
+    fn a_device_holds_what_is_blocked() {
+        let mut observed = machine();
+        let blocked = Desired { tunnel: None, ..desired() };
+        let into = |observed: &Observed, desired: &Desired| {
+            plan(observed, desired).iter().filter(|step| step.line().contains("dev pvpn0")).count()
+        };
+        assert_eq!(into(&observed, &blocked), 0, "there is none");
+        observed.links.push(Link { ours: true, ..link(9, "pvpn0", 0, 0) });
+        assert_eq!(into(&observed, &blocked), 2);
+        let open = Desired { killswitch: false, ..blocked.clone() };
+        assert_eq!(into(&observed, &open), 0, "nothing would refuse what goes there");
+        let steps = plan(&observed, &blocked);
+        apply(&mut observed, &steps);
+        assert_eq!(text(&plan(&observed, &blocked)), "");
+        let address = "10.255.255.1/30".parse().unwrap();
+        observed.addresses.push(Address { index: 9, address });
+        assert_eq!(into(&observed, &blocked), 2, "a tunnel is none: its routes are removed");
     }
 }

@@ -388,6 +388,7 @@ pub(super) fn parse_link(message: &LinkMessage) -> Link {
         carrier: flag(LinkFlags::LowerUp),
         mtu: 0,
         queue: 0,
+        multicast: flag(LinkFlags::Multicast),
         address_generation_off: false,
         source_validation: None,
         has_ipv6: false,
@@ -457,7 +458,8 @@ pub(super) fn settings_messages(link: &Link, mtu: u16, queue: u32) -> Vec<LinkMe
     }
     let mut up = link_message(link.index);
     up.header.flags = LinkFlags::Up;
-    up.header.change_mask = LinkFlags::Up;
+    // What would be asked by multicast is not in the tunnel: resolvers would only wait for it.
+    up.header.change_mask = LinkFlags::Up | LinkFlags::Multicast;
     vec![settings, up]
 }
 

@@ -243,7 +243,8 @@ impl fmt::Display for Step {
         match &self.change {
             Change::Device(name) => write!(f, "{name} type tun"),
             Change::Settings(tunnel) => {
-                write!(f, "{} mtu {} txqueuelen {} addrgenmode none up", tunnel.name, tunnel.mtu, super::tun::QUEUE)
+                let (name, mtu, queue) = (&tunnel.name, tunnel.mtu, super::tun::QUEUE);
+                write!(f, "{name} mtu {mtu} txqueuelen {queue} addrgenmode none multicast off up")
             }
             Change::Address { device, address } => write!(f, "{address} dev {device} noprefixroute"),
             Change::Route(route) => route.fmt(f),

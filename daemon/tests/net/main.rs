@@ -10,6 +10,5 @@ mod fairness;
 mod older;
 mod steering;
 mod traces;
-mod uplinks;
 mod watching;
 mod world;

@@ -333,6 +333,7 @@ fn the_device_has_its_queues_and_settings() {
             sh("ip route show table main; ip -6 route show table main").lines().all(|line| !line.contains("pvpn0"))
         );
         assert!(!sh("ip -6 addr show pvpn0").contains("fe80"));
+        assert!(!link.contains("MULTICAST"), "{link}");
         let features = sh("ethtool -k pvpn0 2>/dev/null || true");
         for feature in ["tx-checksumming: on", "tx-tcp-segmentation: on", "tx-tcp6-segmentation: on"] {
             assert!(features.is_empty() || features.contains(feature), "{feature} is not in {features}");
