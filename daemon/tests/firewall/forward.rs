@@ -9,14 +9,14 @@ use std::{
 
 use proxyvpnd::net::{
     Devices,
-    desired::{Desired, Forward},
+    desired::{Desired, Forward, Locked},
     firewall::{Backend, compile},
 };
 use socket2::Socket;
 
 use crate::{
     probes::{connect, datagram, read},
-    state::backends,
+    state::{NFTNL, backends},
     wire::neighbours,
     world::{Namespace, PEER, RESOLVER, TUN, World, desired, opted_in, sh},
 };
@@ -224,6 +224,33 @@ fn forwarded_tcp_goes_into_the_tunnel_and_nothing_else_leaves() {
         // Anti-test: the sniffer sees what is forwarded.
         let _ = forwarding.refused(&format!("{FAR}:443"));
         assert!(forwarding.leaked().contains(&format!("udp {FAR} 443")));
+    }
+}
+
+#[test]
+#[ignore = "needs root and makes network namespaces"]
+fn the_lock_lets_through_what_our_table_forwards() {
+    opted_in();
+    let forwarding = Forwarding::new(true);
+    let host = &forwarding.world.host;
+    let locked = Desired { locked: Locked::Yes, ..tunnel() };
+    crate::lock::close(&forwarding.world);
+    assert!(!forwarding.reaches(FAR) && !forwarding.resolves(false), "the lock alone forwards");
+    for masquerade in [false, true] {
+        if masquerade {
+            host.run(|| sh(MASQUERADE));
+        }
+        forwarding.apply(&NFTNL, &locked);
+        for far in [FAR, FAR6] {
+            assert!(forwarding.reaches(far), "masquerade {masquerade}: {far}");
+        }
+        assert!(forwarding.resolves(false) && forwarding.resolves(true), "masquerade {masquerade}: DNS");
+        let (error, _) = forwarding.refused(&format!("{FAR}:443"));
+        assert_eq!(error, Some(ErrorKind::ConnectionRefused));
+        assert_eq!(forwarding.leaked(), Vec::<String>::new());
+        // Anti-test: without being told so the lock lets nothing through.
+        forwarding.apply(&NFTNL, &tunnel());
+        assert!(!forwarding.reaches(FAR) && !forwarding.resolves(false), "masquerade {masquerade}");
     }
 }
 

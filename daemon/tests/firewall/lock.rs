@@ -44,7 +44,7 @@ fn block_on<T>(work: impl Future<Output = T>) -> T {
     tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap().block_on(work)
 }
 
-fn close(world: &World) {
+pub(crate) fn close(world: &World) {
     world.host.run(|| block_on(lock::install()).unwrap());
     world.seen();
 }

@@ -2,7 +2,7 @@
 
 use std::{
     io,
-    net::{SocketAddr, UdpSocket},
+    net::{Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket},
     os::unix::process::CommandExt,
     process::Command,
     time::Duration,
@@ -11,7 +11,7 @@ use std::{
 use proxyvpnd::net::desired::MARK;
 use socket2::{Domain, Protocol, Socket, Type};
 
-use crate::world::{BYPASS_USER, LAN, PEER, RESOLVER};
+use crate::world::{BYPASS_USER, HOST, HOST6, LAN, PEER, RESOLVER};
 
 pub(crate) struct Probe {
     pub(crate) name: &'static str,
@@ -53,6 +53,22 @@ fn raw(to: &str, protocol: i32, payload: &[u8]) -> io::Result<()> {
     socket.send_to(payload, &to.into()).map(|_| ())
 }
 
+fn address(ip: &str) -> SocketAddr {
+    SocketAddr::new(ip.parse().unwrap(), 0)
+}
+
+/// A datagram with `IP_PKTINFO` (ip(7)).
+fn pktinfo() -> io::Result<()> {
+    let script = format!(
+        "import socket, struct
+info = struct.pack('=i4s4s', socket.if_nametoindex('up0'), socket.inet_aton('{HOST}'), bytes(4))
+s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+s.sendmsg([b'probe'], [(socket.IPPROTO_IP, 8, info)], 0, ('203.0.113.9', 443))"
+    );
+    let done = Command::new("python3").args(["-c", &script]).output()?;
+    if done.status.success() { Ok(()) } else { Err(io::ErrorKind::PermissionDenied.into()) }
+}
+
 fn plain(_: &Socket) -> io::Result<()> {
     Ok(())
 }
@@ -92,6 +108,39 @@ pub(crate) fn forbidden() -> Vec<Probe> {
             datagram("[ff02::fb]:5353", |s| s.set_multicast_if_v6(index("up0")))
         }),
         probe("broadcast", "udp 192.0.2.255 9", || datagram("192.0.2.255:9", |s| s.set_broadcast(true))),
+        probe("limited broadcast", "udp 255.255.255.255 9", || {
+            datagram("255.255.255.255:9", |s| s.set_broadcast(true).and_then(|()| s.bind_device(Some(b"up0"))))
+        }),
+        probe("llmnr", "udp 224.0.0.252 5355", || datagram("224.0.0.252:5355", plain)),
+        probe("llmnr, IPv6", "udp ff02::1:3 5355", || {
+            datagram("[ff02::1:3]:5355", |s| s.set_multicast_if_v6(index("up0")))
+        }),
+        probe("ssdp", "udp 239.255.255.250 1900", || datagram("239.255.255.250:1900", plain)),
+        probe("ssdp, IPv6", "udp ff02::c 1900", || datagram("[ff02::c]:1900", |s| s.set_multicast_if_v6(index("up0")))),
+        probe("tcp, from the uplink's address", "tcp 203.0.113.7 80", || {
+            connect("203.0.113.7:80", |s| s.bind(&address(HOST).into())).map(drop)
+        }),
+        probe("udp, from the uplink's address", "udp 203.0.113.7 443", || {
+            datagram("203.0.113.7:443", |s| s.bind(&address(HOST).into()))
+        }),
+        probe("udp, from the uplink's address, IPv6", "udp 2001:db8:1::7 443", || {
+            datagram("[2001:db8:1::7]:443", |s| s.bind(&address(HOST6).into()))
+        }),
+        // The kernel cuts it behind the firewall's chains.
+        probe("a datagram in fragments", "udp 203.0.113.8 443", || {
+            let socket = Socket::new(Domain::IPV4, Type::DGRAM, None)?;
+            socket.connect(&"203.0.113.8:443".parse::<SocketAddr>().unwrap().into())?;
+            socket.send(&[7; 4000]).map(drop)
+        }),
+        probe("gre", "protocol 203.0.113.1 47", || raw("203.0.113.1", 47, &[0; 8])),
+        probe("esp", "protocol 203.0.113.1 50", || raw("203.0.113.1", 50, &[1; 16])),
+        probe("esp, IPv6", "protocol 2001:db8:1::1 50", || raw("[2001:db8:1::1]", 50, &[1; 16])),
+        probe("sctp", "protocol 203.0.113.1 132", || raw("203.0.113.1", 132, &[0; 16])),
+        probe("igmp", "protocol 203.0.113.1 2", || raw("203.0.113.1", 2, &[0x16, 0, 0, 0, 224, 0, 0, 9])),
+        // Neighbour discovery that a router would pass on: the kernel's own has hop limit 255.
+        probe("neighbour discovery to somewhere", "icmp6 2001:db8:1::1 135", || {
+            raw("[2001:db8:1::1]", 58, &[&[135, 0, 0, 0, 0, 0, 0, 0][..], &[0xfe; 16]].concat())
+        }),
         probe("ping", "icmp 203.0.113.1 8", move || raw("203.0.113.1", 1, &echo)),
         // The kernel fills in the checksum of ICMPv6.
         probe("ping, IPv6", "icmp6 2001:db8:1::1 128", || raw("[2001:db8:1::1]", 58, &[128, 0, 0, 0, 0, 0, 0, 0])),
@@ -108,6 +157,21 @@ pub(crate) fn forbidden() -> Vec<Probe> {
         raw(RESOLVER, 255, &[&ip[..], &[0, 53, 0, 53, 0, 8, 0, 0]].concat())
     });
     list.push(Probe { told: false, ..fragment });
+    // What the kernel itself sends for a program that joins a group, a moment later.
+    let joined = probe("joining a group", "protocol 224.0.0.22 2", || {
+        let socket = UdpSocket::bind("0.0.0.0:0")?;
+        socket.join_multicast_v4(&Ipv4Addr::new(239, 1, 2, 3), &HOST.parse().unwrap())?;
+        std::thread::sleep(Duration::from_millis(150));
+        Ok(())
+    });
+    let joined6 = probe("joining a group, IPv6", "protocol ff02::16 0", || {
+        let socket = UdpSocket::bind("[::]:0")?;
+        socket.join_multicast_v6(&Ipv6Addr::new(0xff05, 0, 0, 0, 0, 0, 1, 3), index("up0"))?;
+        std::thread::sleep(Duration::from_millis(150));
+        Ok(())
+    });
+    let told = probe("udp with device and source told for the packet", "udp 203.0.113.9 443", pktinfo);
+    list.extend([joined, joined6, told].map(|probe| Probe { told: false, ..probe }));
     list
 }
 

@@ -9,11 +9,12 @@ use std::{
 };
 
 use proxyvpnd::net::{
-    desired::{Desired, Locked},
+    Devices,
+    desired::{Desired, Forward, Locked},
     firewall::{Abilities, Backend, Error, Programs, compile},
 };
 
-use crate::world::{World, desired, devices, opted_in, sh};
+use crate::world::{self, World, desired, opted_in, sh};
 
 pub(crate) const NFTNL: Backend = Backend::Nftnl(Abilities::ALL, None);
 
@@ -30,6 +31,11 @@ fn sessions() -> Vec<(SocketAddr, SocketAddr)> {
         .to_vec()
 }
 
+/// With a bridge to containers.
+fn devices() -> Devices {
+    Devices { inner: vec!["in0".to_owned()], ..world::devices() }
+}
+
 /// Each kind of state.
 fn states() -> Vec<Desired> {
     let full = desired();
@@ -38,7 +44,9 @@ fn states() -> Vec<Desired> {
         Desired { killswitch: false, ..full.clone() },
         Desired { tunnel: None, ..full.clone() },
         Desired { inbound_replies: false, ..full.clone() },
-        Desired { locked: Locked::Yes, ..full },
+        Desired { locked: Locked::Yes, ..full.clone() },
+        Desired { forward: Forward::Tunnel, ..full.clone() },
+        Desired { forward: Forward::Tunnel, locked: Locked::Yes, inbound_replies: false, ..full },
     ]
 }
 

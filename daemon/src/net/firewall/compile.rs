@@ -80,7 +80,7 @@ fn prerouting(desired: &Desired, devices: &Devices) -> Vec<Rule> {
     if desired.inbound_replies {
         rules.push(rule(begins.to_vec(), Action::SetCtMark(MARK)));
     } else {
-        let inner = devices.inner.iter().map(|name| [&[Match::Iif(name.clone())], &begins[..]].concat());
+        let inner = devices.inner.iter().map(|name| [&begins[..], &[Match::Iif(name.clone())]].concat());
         rules.extend(inner.map(|matches| rule(matches, Action::SetCtMark(INNER_CT_MARK))));
     }
     if desired.forwards() {
@@ -149,9 +149,9 @@ fn forward(desired: &Desired, devices: &Devices) -> Vec<Rule> {
     let tcp = || Match::Protocol(Protocol::Tcp);
     if let Some(tunnel) = desired.tunnel.as_ref().filter(|_| desired.forwards()) {
         let (into, back) = (Match::Oif(tunnel.name.clone()), Match::Iif(tunnel.name.clone()));
-        rules.push(rule(vec![into.clone(), tcp(), Match::CtNew], Action::SetTimeout(TIMEOUT.name)));
-        rules.push(rule(vec![into, tcp()], accept(desired)));
-        rules.extend(pass(&[back, tcp(), Match::CtReply]));
+        rules.push(rule(vec![tcp(), into.clone(), Match::CtNew], Action::SetTimeout(TIMEOUT.name)));
+        rules.push(rule(vec![tcp(), into], accept(desired)));
+        rules.extend(pass(&[tcp(), back, Match::CtReply]));
     }
     // With bridge-nf-call-iptables what one port of a bridge sends to another comes here too.
     for name in &devices.inner {
@@ -263,7 +263,7 @@ fn services(device: &str) -> impl Iterator<Item = Vec<Match>> {
         vec![dhcp(Family::V4, 67, 68), dhcp(Family::V6, 547, 546), vec![Match::SourcePort(Protocol::Udp, 53)]];
     matches.push(vec![Match::IcmpType(UNREACHABLE)]);
     matches.extend(INNER_ICMP6.map(|kind| vec![Match::Icmp6Type(kind)]));
-    matches.into_iter().map(move |matches| [vec![out.clone()], matches].concat())
+    matches.into_iter().map(move |matches| [matches, vec![out.clone()]].concat())
 }
 
 /// DHCP (RFC 2131) and DHCPv6 (RFC 8415), in one direction.
@@ -428,13 +428,13 @@ CHAIN meta nfproto ipv6 udp sport 546 udp dport 547 accept
 CHAIN icmpv6 type nd-router-solicit ip6 hoplimit 255 accept
 CHAIN icmpv6 type nd-neighbor-solicit ip6 hoplimit 255 accept
 CHAIN icmpv6 type nd-neighbor-advert ip6 hoplimit 255 accept"#;
-        let services = r#"CHAIN oifname "docker0" meta nfproto ipv4 udp sport 67 udp dport 68 accept
-CHAIN oifname "docker0" meta nfproto ipv6 udp sport 547 udp dport 546 accept
-CHAIN oifname "docker0" udp sport 53 accept
-CHAIN oifname "docker0" icmp type destination-unreachable accept
-CHAIN oifname "docker0" icmpv6 type destination-unreachable accept
-CHAIN oifname "docker0" icmpv6 type packet-too-big accept
-CHAIN oifname "docker0" icmpv6 type nd-router-advert accept"#;
+        let services = r#"CHAIN meta nfproto ipv4 udp sport 67 udp dport 68 oifname "docker0" accept
+CHAIN meta nfproto ipv6 udp sport 547 udp dport 546 oifname "docker0" accept
+CHAIN udp sport 53 oifname "docker0" accept
+CHAIN icmp type destination-unreachable oifname "docker0" accept
+CHAIN icmpv6 type destination-unreachable oifname "docker0" accept
+CHAIN icmpv6 type packet-too-big oifname "docker0" accept
+CHAIN icmpv6 type nd-router-advert oifname "docker0" accept"#;
         let want = ["filter_output", "postrouting"].iter().fold(want.trim().to_owned(), |text, chain| {
             text.replace(&format!("ALLOWED {chain}"), &allowed.replace("CHAIN", chain))
                 .replace(&format!("SERVICES {chain}"), &services.replace("CHAIN", chain))
@@ -465,11 +465,11 @@ CHAIN oifname "docker0" icmpv6 type nd-router-advert accept"#;
         assert!(has(&base, "pvpn0") && !has(&blocked, "pvpn0"));
         let silent = Desired { inbound_replies: false, ..base.clone() };
         assert!(has(&base, "ct mark 0x7076706e meta mark") && !has(&silent, "ct mark 0x7076706e meta mark"));
-        assert!(has(&base, "prerouting tcp flags") && !has(&silent, "prerouting tcp flags"));
+        assert!(has(&base, "local ct mark set 0x7076706e") && !has(&silent, "local ct mark set 0x7076706e"));
         assert!(has(&silent, "fib daddr type local"));
         // Containers get their answers all the same.
         assert!(
-            has(&silent, "prerouting iifname \"docker0\" tcp flags")
+            has(&silent, "iifname \"docker0\" ct mark set 0x70767070")
                 && has(&silent, "ct mark 0x70767070 meta mark set")
         );
         let least = least();
@@ -485,10 +485,10 @@ CHAIN oifname "docker0" icmpv6 type nd-router-advert accept"#;
         let want = r#"
 prerouting ip daddr 9.9.9.9 tcp dport 53 meta mark set 0x7076706e
 prerouting ip saddr 9.9.9.9 tcp sport 53 ct direction reply meta mark set 0x7076706e
-forward oifname "pvpn0" meta l4proto tcp ct state new ct timeout set "tunnelled"
-forward oifname "pvpn0" meta l4proto tcp accept
-forward iifname "pvpn0" meta l4proto tcp ct direction reply meta mark set 0x7076706e
-forward iifname "pvpn0" meta l4proto tcp ct direction reply accept
+forward meta l4proto tcp oifname "pvpn0" ct state new ct timeout set "tunnelled"
+forward meta l4proto tcp oifname "pvpn0" accept
+forward meta l4proto tcp iifname "pvpn0" ct direction reply meta mark set 0x7076706e
+forward meta l4proto tcp iifname "pvpn0" ct direction reply accept
 forward ip daddr 9.9.9.9 udp dport 53 accept
 forward ip daddr 9.9.9.9 tcp dport 53 accept
 forward ip saddr 9.9.9.9 udp sport 53 ct direction reply meta mark set 0x7076706e
@@ -502,7 +502,9 @@ forward reject with icmpx admin-prohibited"#;
         // Without a tunnel TCP has no route.
         let blocked = lines(&Desired { tunnel: None, ..tunnel });
         assert!(
-            !blocked.iter().any(|line| line.contains("forward oifname \"pvpn0\"") || line.contains("prerouting ip"))
+            !blocked
+                .iter()
+                .any(|line| line.contains("forward meta l4proto tcp oifname") || line.contains("prerouting ip"))
         );
         // Without the kill switch it is steered as well, so what comes back has to find its way.
         let off = lines(&Desired { killswitch: false, ..desired() });
