@@ -91,6 +91,9 @@ async fn stop_unit(unit: &str) -> Result<(), Failure> {
     match tokio::time::timeout(STOP, run(&["stop", unit])).await {
         Ok(Ok(output)) if output.status.success() => {
             text::out(&format!("stopped {unit}\n"))?;
+            // A systemd that was told to keep the descriptors of a stopped unit still keeps the firewall; others have nothing
+            // left, or do not know the word.
+            let _ = tokio::time::timeout(STOP, run(&["clean", "--what=fdstore", unit])).await;
             return Ok(());
         }
         Ok(_) => text::note(&format!("proxyctl: systemctl stop {unit} failed: killing it")),
@@ -179,8 +182,12 @@ fn trusted(path: &Path) -> io::Result<()> {
 async fn cleanup(daemon: &Path) -> Result<(), Failure> {
     let fail = |error: io::Error| Failure::new(Exit::Failure, format!("cannot run {}: {error}", daemon.display()));
     let advice = format!("Repeat it, or {REBOOT}");
-    let mut child =
-        command(daemon).arg("--cleanup").stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().map_err(fail)?;
+    let mut child = command(daemon)
+        .args(["--cleanup", "--end-holder"])
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .map_err(fail)?;
     let (stdout, stderr) = (child.stdout.take(), child.stderr.take());
     // What is shown goes to standard error too when nobody reads our output: the clean-up must not end by that.
     let work = async {

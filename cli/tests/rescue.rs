@@ -55,7 +55,7 @@ fn rescue_runs_the_clean_up_without_bus_and_environment() {
     let place = Place::new("plain");
     let (code, out, err) = place.run("$HERE/proxyctl rescue");
     assert_eq!(code, 0, "{out}{err}");
-    assert!(out.starts_with("removed table --cleanup \\x1b[2J\nrescue: done\n"), "{out}");
+    assert!(out.starts_with("removed table --cleanup --end-holder \\x1b[2J\nrescue: done\n"), "{out}");
     assert!(!err.contains("hunter2") && err.contains("PATH=/usr/sbin:/usr/bin:/sbin:/bin"), "{err}");
     place.write("proxyvpnd", "#!/bin/sh\nexit 3\n");
     let (code, out, err) = place.run("$HERE/proxyctl rescue");

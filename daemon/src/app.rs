@@ -1,7 +1,7 @@
 //! The process: arguments, log, clean-up mode, bus, signals, systemd.
 
 use std::fs;
-use std::io::Write as _;
+use std::io::{ErrorKind, Write as _};
 use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -27,7 +27,7 @@ use crate::machine::failure::chain;
 use crate::machine::intent::IntentFile;
 use crate::machine::lockdown::{Lockdown, LockdownFiles};
 use crate::machine::{Machine, Request};
-use crate::net::{self, Keep, Keeping, Network, Owned};
+use crate::net::{self, Keep, Keeping, Network, Owned, firewall};
 use crate::service::Service;
 use crate::systemd;
 
@@ -59,6 +59,9 @@ pub struct Args {
     /// Undo every change that a daemon made to the network, without any state, and exit
     #[arg(long)]
     cleanup: bool,
+    /// With --cleanup, for `proxyctl rescue`: end the process of proxyvpn's that keeps the firewall for a daemon
+    #[arg(long, requires = "cleanup", conflicts_with = "stop_post")]
+    end_holder: bool,
     /// With --cleanup, for ExecStopPost=: only if the service was stopped for good, and without forgetting what is wanted
     #[arg(long, requires = "cleanup")]
     stop_post: bool,
@@ -122,6 +125,9 @@ async fn clean_up(args: &Args) -> Result<(), Fatal> {
         ));
     }
     net::privilege().map_err(|error| Fatal(chain(&error)))?;
+    if args.end_holder {
+        end_holders(&args.state_dir).await?;
+    }
     let lockdown = LockdownFiles::new(&args.state_dir);
     if !args.stop_post {
         end_lockdown(&lockdown).await?;
@@ -150,8 +156,47 @@ async fn clean_up(args: &Args) -> Result<(), Fatal> {
             println!("nothing of proxyvpn is left in the network");
             Ok(())
         }
-        Some(_) => Err(Fatal(report.errors.iter().map(|error| chain(error)).collect::<Vec<_>>().join("\n"))),
+        Some(_) => {
+            let mut lines: Vec<String> = report.errors.iter().map(|error| chain(error)).collect();
+            if report.errors.iter().any(|error| matches!(error, net::Error::Firewall(firewall::Error::Owned))) {
+                lines.extend(
+                    firewall::holders().unwrap_or_default().iter().map(|holder| format!("it is kept by {holder}")),
+                );
+            }
+            Err(Fatal(lines.join("\n")))
+        }
     }
+}
+
+/// Takes away what can be taken away while somebody keeps the firewall, and then ends who does, if it is a process of ours.
+async fn end_holders(state_dir: &Path) -> Result<(), Fatal> {
+    let holders = firewall::holders().map_err(|error| Fatal::new("cannot look for who keeps the firewall", &error))?;
+    if holders.is_empty() {
+        return Ok(());
+    }
+    let mut network =
+        Network::open(state_dir, Keeping::default()).await.map_err(|error| Fatal::new("cannot clean up", &error))?;
+    // What fails here is tried again, and told, when the firewall is gone.
+    for removed in network.clean_up(Owned::Expected).await.removed {
+        println!("{removed}");
+    }
+    for holder in holders {
+        if holder.is_init() {
+            return Err(Fatal(format!(
+                "{holder} keeps the firewall for a unit; stop that, then repeat this: systemctl stop proxyvpnd.service"
+            )));
+        }
+        match holder.end() {
+            Ok(()) => println!("ended {holder}, which kept the firewall"),
+            Err(error) if error.kind() == ErrorKind::PermissionDenied => {
+                return Err(Fatal(format!(
+                    "the firewall's table belongs to {holder}, which is not proxyvpn's, so it is left alone: end it, then repeat this"
+                )));
+            }
+            Err(error) => return Err(Fatal::new(&format!("cannot end {holder}, which keeps the firewall"), &error)),
+        }
+    }
+    Ok(())
 }
 
 /// Takes lockdown away, whatever its record says.

@@ -6,7 +6,7 @@ import os
 import subprocess
 import time
 
-from lab import APP6, DNS, FAILURE, PROXY, PYTHON, SQUID, TINY, WEB, expect, test, until
+from lab import APP4, APP6, DNS, FAILURE, PROXY, PYTHON, SQUID, TINY, WEB, expect, test, until
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 GW4, GW6 = "192.0.2.1", "2001:db8:1::1"
@@ -210,6 +210,37 @@ def connecting(lab):
     finally:
         lab.net("nft", "delete", "table", "inet", "silent")
     state(lab, "connected", 20)
+
+
+@test("another address: what is open from the old one ends at once, so that programs try again; with the same address it goes on", seconds=90)
+def stranded(lab):
+    def transfer():
+        child = lab.popen("app", "alice", "curl", "-sS", "--max-time", "40", "-o", "part", "http://web.lab.test/slow/1500000",
+                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        until(10, lambda: lab.alice("stat", "-c%s", "part", check=False).stdout.strip() not in ("", "0"), "the transfer did not begin")
+        return child
+
+    def moved(address):
+        lab.app("sh", "-c", f"ip addr flush dev eth0 scope global; ip addr add {address}/24 dev eth0; ip route add default via {GW4}")
+
+    lab.connect(TINY)
+    child = transfer()
+    try:
+        with lab.nothing_direct(" and not src host 192.0.2.77"), restored(lab):
+            moved("192.0.2.2")
+            state(lab, "connected", 5)
+            time.sleep(2)
+            expect(child.poll() is None, lambda: f"a transfer with the same address ended: {child.stdout.read()}")
+            moved("192.0.2.77")
+            start = time.monotonic()
+            until(4, lambda: child.poll() is not None, "a transfer from an address that is gone hangs")
+            print(f"  ended {time.monotonic() - start:.2f} s after the move")
+            state(lab, "connected", 5)
+            lab.fetch_through("http://web.lab.test/")
+            moved(APP4)
+    finally:
+        child.kill()
+        child.wait()
 
 
 @test("no route to the proxy, and a network that is down, are not taken for a dead proxy", seconds=90)

@@ -21,7 +21,7 @@ sys.path.insert(0, HERE)
 import lab as lab_module  # noqa: E402
 from lab import ROOT, Failed, Lab, Skipped, equal  # noqa: E402
 
-HELPERS = {"lab", "run", "messages", "page", "proxy", "rawbus"}
+HELPERS = {"lab", "run", "messages", "page", "proxy", "rawbus", "steps"}
 
 
 class OverTime(Exception):

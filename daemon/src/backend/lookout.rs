@@ -175,10 +175,13 @@ impl Lookout {
         self.failures >= PATIENCE
     }
 
-    /// What was found about the way to the upstream.
-    pub(super) fn way(&mut self, way: Way) {
-        self.moved |= self.way.as_ref().is_some_and(|earlier| *earlier != way);
+    /// What was found about the way to the upstream. Gives whether it leads somewhere, and elsewhere than before.
+    pub(super) fn way(&mut self, way: Way) -> bool {
+        let moved = self.way.as_ref().is_some_and(|earlier| *earlier != way);
+        let open = way.cut().is_none();
+        self.moved |= moved;
         self.way = Some(way);
+        moved && open
     }
 
     /// The upstream has other addresses.

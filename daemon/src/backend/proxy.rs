@@ -285,7 +285,14 @@ impl Proxy {
             }
         }
         match way {
-            Ok(way) => self.lookout.way(way),
+            Ok(way) => {
+                // What began in another network waits for answers that can't come.
+                if self.lookout.way(way)
+                    && let Ok(network) = self.network().await
+                {
+                    network.end_stranded().await;
+                }
+            }
             Err(error) => tracing::debug!(error = &error as &dyn std::error::Error, "no way"),
         }
         match around {

@@ -36,6 +36,14 @@ pub(super) fn of(addresses: &[IpAddr]) -> io::Result<usize> {
     end(IPPROTO_TCP, |socket| addresses.contains(&socket.local.ip()))
 }
 
+/// Ends connections with our mark whose own address is none of `own`: no answer can come back to them. Gives how many.
+pub(super) fn stranded(own: &HashSet<IpAddr>) -> io::Result<usize> {
+    end(IPPROTO_TCP, |socket| {
+        let local = socket.local.ip();
+        socket.mark == Some(MARK) && !local.is_loopback() && !own.contains(&local)
+    })
+}
+
 /// Whether this kernel ends sockets (`CONFIG_INET_DIAG_DESTROY`).
 pub(super) fn possible() -> io::Result<bool> {
     SockDiag::open()?.can_destroy()

@@ -357,6 +357,18 @@ impl Network {
         end("from before", move || cut::older(&desired, &own, &outside)).await;
     }
 
+    /// Ends connections with our mark from addresses that this machine has no more, as after a move into another network. A
+    /// failure is logged.
+    pub async fn end_stranded(&self) {
+        match self.kernel.observe().await {
+            Ok(observed) => {
+                let own = observed.addresses().map(|address| address.to_canonical()).collect();
+                end("from an address that is gone", move || cut::stranded(&own)).await;
+            }
+            Err(error) => not_ended(&error),
+        }
+    }
+
     /// Whether the kernel ends connections for us.
     ///
     /// # Errors

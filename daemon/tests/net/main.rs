@@ -10,5 +10,6 @@ mod fairness;
 mod older;
 mod steering;
 mod traces;
+mod uplinks;
 mod watching;
 mod world;
