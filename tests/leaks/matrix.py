@@ -8,7 +8,9 @@ import wire
 from scenarios import STEERED, UNSTEERED
 
 # What is known and documented as a limit, by (probe, column); "*" is any. It is shown and counted apart, never silent.
+FRAMES = "under lockdown without a daemon nothing stands at the exit of the uplinks"
 DOCUMENTED = {
+    **{(name, "lockdown-kept"): FRAMES for name in ("packet", "packet-bypass", "packet6", "packet-vlan", "packet-other", "macvlan")},
     ("dhcp-shaped", "*"): "DHCP's ports, which need root, may be used towards any address",
 }
 HELD, LEAK, LIMIT, FIRED, MUTE, NONE, VOID = "·", "L", "d", "!", "X", "-", "?"
@@ -21,8 +23,8 @@ MEANING = {
 def progress(column):
     if column.skipped:
         return f"skipped  {column.name}: {column.skipped}"
-    bad = "FAILED  " if column.leaks or column.failures else "ok      "
-    leaks = f": packets of {len(column.leaks)} probes" if column.leaks else ""
+    bad = "FAILED  " if column.failures or any(not limit(name, column.name) for name in column.leaks) else "ok      "
+    leaks = f": packets of {', '.join(sorted(column.leaks))}" if column.leaks else ""
     leaks += f"; stood still in {', '.join(sorted(column.phases))}" if column.phases else ""
     return f"{bad} {column.name} ({column.seconds:.1f} s, {sum(sum(c.values()) for c in column.tried.values())} tries){leaks}"
 
