@@ -10,7 +10,7 @@ from scenarios import STEERED, UNSTEERED
 # What is known and documented as a limit, by (probe, column); "*" is any. It is shown and counted apart, never silent.
 FRAMES = "under lockdown without a daemon nothing stands at the exit of the uplinks"
 DOCUMENTED = {
-    **{(name, "lockdown-kept"): FRAMES for name in ("packet", "packet-bypass", "packet6", "packet-vlan", "packet-other", "macvlan")},
+    **{(name, "lockdown-alone"): FRAMES for name in ("packet", "packet-bypass", "packet6", "packet-vlan", "packet-other", "macvlan")},
     ("dhcp-shaped", "*"): "DHCP's ports, which need root, may be used towards any address",
 }
 HELD, LEAK, LIMIT, FIRED, MUTE, NONE, VOID = "·", "L", "d", "!", "X", "-", "?"

@@ -120,34 +120,52 @@ def _(world):
         world.fire()
 
 
-@column("lockdown-kept", "lockdown whose lock is kept by systemd: the firewall flushed and deleted, the daemon killed, and stopped for good")
-def _(world):
-    hold = f"{ROOT}/scripts/lab-hold.py", f"{world.lab.dir}/lock"
-    power = "-all,+net_admin"
-    user = "setpriv", "--reuid", "proxyvpn", "--regid", "proxyvpn", "--clear-groups", "--no-new-privs", *(
-        f"--{kind}={power}" for kind in ("inh-caps", "ambient-caps", "bounding-set"))
+@contextlib.contextmanager
+def kept_lock(world):
+    """Lockdown with a lock that belongs to a socket, as systemd keeps it."""
+    hold, path, power = f"{ROOT}/scripts/lab-hold.py", f"{world.lab.dir}/lock", "-all,+net_admin"
+    user = [f"--{kind}={power}" for kind in ("inh-caps", "ambient-caps", "bounding-set")]
+    user = ["setpriv", "--reuid", "proxyvpn", "--regid", "proxyvpn", "--clear-groups", "--no-new-privs", *user]
     program = f"{world.lab.stage}/usr/libexec/proxyvpn/proxyvpnd"
     with locked(world):
-        world.lab.app(PYTHON, hold[0], "start", hold[1], f"{world.lab.dir}/logs/lock.log", "15", *user, program, "--lock")
+        world.lab.app(PYTHON, hold, "start", path, f"{world.lab.dir}/logs/lock.log", "15", *user, program, "--lock")
         try:
-            with world.guarded(), world.stream():
-                world.fire()
-                world.shell("app", "nft flush ruleset")
-                world.fire()
-                for table in "inet proxyvpn-lock", "inet proxyvpn":
-                    world.shell("app", f"nft delete table {table}", check=False)
-                world.fire()
-                world.lab.proxyctl("connect", "locked")
-                world.fire()
-                world.lab.daemon_stop("KILL")
-                world.shell("app", "nft flush ruleset")
-                world.fire()
-                world.lab.daemon_stop("TERM")
-                world.fire()
-                world.restart()
-                world.fire()
+            yield
         finally:
-            world.lab.app(PYTHON, hold[0], "end", hold[1])
+            if not world.lab.daemon_pid():
+                world.restart()
+            world.lab.app(PYTHON, hold, "end", path)
+
+
+FLUSH = "nft flush ruleset; nft delete table inet proxyvpn-lock; nft delete table inet proxyvpn"
+
+
+@column("lockdown-kept", "lockdown whose lock is kept by systemd: firewall flushed and deleted, connected, the daemon killed")
+def _(world):
+    with kept_lock(world), world.guarded(), world.stream():
+        world.fire()
+        world.shell("app", FLUSH, check=False)
+        world.fire()
+        world.lab.proxyctl("connect", "locked")
+        world.shell("app", FLUSH, check=False)
+        world.fire()
+        world.lab.daemon_stop("KILL")
+        world.shell("app", FLUSH, check=False)
+        world.fire()
+        world.restart()
+        world.fire()
+
+
+@column("lockdown-alone", "lockdown, and the daemon stopped for good: the lock alone, flushed and deleted")
+def _(world):
+    with kept_lock(world):
+        with world.guarded(), world.stream():
+            world.lab.daemon_stop("TERM")
+            world.fire()
+            world.shell("app", FLUSH, check=False)
+            world.fire(3)
+            world.restart()
+            world.fire()
 
 
 @column("connecting", "connecting, step by step: from the phase behind apply-firewall on")
