@@ -5,6 +5,7 @@ use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::os::fd::OwnedFd;
 use std::path::Path;
+use std::time::Instant;
 
 use super::desired::{Desired, Exceptions, Forward, Locked, Tunnel};
 use super::devices::Devices;
@@ -12,12 +13,15 @@ use super::firewall::{self, Backend, MAX_SESSIONS, Ruleset};
 use super::health::{self, Finding};
 use super::journal::Journal;
 use super::kernel::{self, Kernel};
-use super::observed::Observed;
+use super::observed::{Kind, Observed};
 use super::step::{Action, Change, Stage, Step};
 use super::{Error, Keeping, cut, plan, preflight, sockets};
 
 /// How often a plan is made and done before somebody else is at work.
 pub(super) const ROUNDS: u32 = 3;
+
+/// To read which devices lead to a gateway takes one part in so many of the time.
+const OUTWARD_SHARE: u32 = 20;
 
 /// The host's network: the connection to the kernel, the firewall and the journal.
 #[derive(Debug)]
@@ -33,6 +37,8 @@ pub struct Network {
     pub(super) at_look: Option<Devices>,
     /// Indices of devices that led to a gateway.
     outward: HashSet<u32>,
+    /// When that is worth to be read anew, though nothing asks for it.
+    outward_stale: Instant,
     /// Connections from outside that were open before the first rules; later ones have a mark.
     sessions: Option<Vec<(SocketAddr, SocketAddr)>>,
     /// Addresses of the tunnels that this process made since the last clean-up.
@@ -66,8 +72,18 @@ impl Network {
         let (kernel, journal) = (Kernel::connect()?, Journal::open(state_dir));
         let (installed, at_look, sessions) = (None, None, None);
         let (outward, tunnelled) = (HashSet::new(), HashSet::new());
-        let mut network =
-            Self { kernel, journal, backend: None, keeping, installed, at_look, outward, sessions, tunnelled };
+        let mut network = Self {
+            kernel,
+            journal,
+            backend: None,
+            keeping,
+            installed,
+            at_look,
+            outward,
+            outward_stale: Instant::now(),
+            sessions,
+            tunnelled,
+        };
         if let Err(error) = network.backend().await {
             tracing::warn!(error = &error as &dyn std::error::Error, "no firewall");
         }
@@ -275,7 +291,14 @@ impl Network {
 
     /// The devices of this machine.
     pub(super) async fn devices(&mut self, observed: &Observed, desired: &Desired) -> Result<Devices, Error> {
-        self.outward.extend(self.kernel.outward().await?);
+        // Who leads to a gateway only matters where there is a bridge. It is learnt before one comes, but a router's million
+        // routes are not read all the time for that.
+        let began = Instant::now();
+        let bridge = observed.links.iter().any(|link| link.kind == Kind::Bridge);
+        if bridge || began >= self.outward_stale {
+            self.outward.extend(self.kernel.outward().await?);
+            self.outward_stale = Instant::now() + began.elapsed() * OUTWARD_SHARE;
+        }
         Ok(Devices::of(observed, desired.tunnel.as_ref().map(|tunnel| tunnel.name.as_str()), &self.outward))
     }
 
