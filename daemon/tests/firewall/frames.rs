@@ -306,3 +306,24 @@ s.send(bytes.fromhex('{host} {peer} 0800') + ip + tcp)"
         world.host.run(|| backend.remove().unwrap());
     }
 }
+
+#[test]
+#[ignore = "needs root and makes network namespaces"]
+fn what_the_kernel_says_of_forwarded_connections_is_no_answer() {
+    opted_in();
+    let world = World::new();
+    world.steer();
+    // No device any more, so the tunnel's address is one that would be forwarded, and has no route.
+    world.host.run(|| sh("ip link del pvpn0"));
+    world.peer.run(|| sh("ip route add 10.255.255.0/30 via 192.0.2.1"));
+    let told = || {
+        world.peer.run(|| drop(connect(&format!("{TUN}:443"), |_| Ok(()))));
+        world.seen().into_iter().filter(|line| !neighbours(line)).collect::<Vec<_>>()
+    };
+    assert!(told().contains(&format!("icmp {PEER} 3")), "the kernel says nothing, so nothing is shown");
+    for backend in backends() {
+        apply(&world, &backend, &Desired { tunnel: None, ..desired() }, &devices());
+        assert_eq!(told(), Vec::<String>::new(), "{}", backend.name());
+        world.host.run(|| backend.remove().unwrap());
+    }
+}
