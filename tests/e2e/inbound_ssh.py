@@ -98,6 +98,26 @@ def two_uplinks(lab):
         lab.net("ip", "addr", "del", "198.18.8.1/32", "dev", "wan1")
 
 
+@test("a session over a second uplink with routing rules by source address goes on with a rule in front of ours", seconds=60)
+def source_rules(lab):
+    rules = f"from {SECOND} lookup 77", f"priority 3600 from {SECOND} fwmark 0x7076706e lookup 77"
+    with second_uplink(lab):
+        lab.net("ip", "addr", "add", "198.18.8.1/32", "dev", "wan1")
+        try:
+            for rule in rules:
+                lab.app("ip", "rule", "add", *rule.split())
+            lab.app("ip", "route", "add", "default", "via", SECOND_GW, "table", "77")
+            with session(lab, SECOND, "-b", "198.18.8.1") as say:
+                say(1)
+                lab.connect(TINY)
+                say(2)
+                lab.disconnect()
+                say(3)
+        finally:
+            for rule in rules:
+                lab.app("ip", "rule", "del", *rule.split(), check=False)
+
+
 UDP_ECHO = """
 import socket, sys
 s = socket.socket(socket.AF_INET6, socket.SOCK_DGRAM)
