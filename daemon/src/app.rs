@@ -295,7 +295,8 @@ async fn keeping() -> Keeping {
         Some(store) if systemd::keeps_descriptors().await => Some(Arc::new(store) as Arc<dyn Keep>),
         _ => None,
     };
-    Keeping { store, firewall: inherited.named(Keeping::FIREWALL) }
+    let (firewall, tunnel) = (inherited.named(Keeping::FIREWALL), inherited.all(Keeping::TUNNEL));
+    Keeping { store, firewall, tunnel }
 }
 
 /// Keeps the profiles on the bus those of the files, for ever.

@@ -41,6 +41,8 @@ pub struct Proxy {
     limits: Limits,
     bus: Connection,
     keeping: Keeping,
+    /// Something was wanted before, so that a device in the store is not of the daemon before.
+    begun: bool,
     /// Opened at the first use, so that a daemon without privileges can still say what is missing.
     network: Option<Network>,
     engine: EngineSlot,
@@ -78,6 +80,7 @@ impl Proxy {
             limits,
             bus,
             keeping,
+            begun: false,
             network: None,
             engine: EngineSlot::default(),
             events: None,
@@ -339,6 +342,20 @@ impl Proxy {
         Ok(())
     }
 
+    /// The device of the daemon before, if this one only now begins and can go on with it: then programs that connect wait in it.
+    async fn resumed(&mut self, request: Option<&Request>) -> Result<Option<Tunnel>, Failure> {
+        let begins = !std::mem::replace(&mut self.begun, true);
+        let Some(request) = request.filter(|_| begins) else { return Ok(None) };
+        let tunnel = network::tunnel(&request.profile.tun);
+        let queues = self.queues;
+        let network = self.network().await?;
+        if !network.has_tunnel(&tunnel, queues).await.map_err(|error| network::failure(&error))? {
+            return Ok(None);
+        }
+        network.end_tunnelled(&tunnel).await;
+        Ok(Some(tunnel))
+    }
+
     /// How many addresses the upstream has; each has a whole range of ports.
     fn addresses(&self) -> usize {
         match self.connector.as_ref().map(|connector| &connector.upstream) {
@@ -425,7 +442,9 @@ impl World for Proxy {
             None => (network::idle(), None),
         };
         self.watch().await;
-        let desired = self.want(desired).clone();
+        let resumed = self.resumed(request).await?;
+        let resumes = resumed.is_some();
+        let desired = self.want(Desired { tunnel: resumed, ..desired }).clone();
         let network = self.network().await?;
         let firewall = network.apply(Stage::Firewall, &desired).await;
         let routes = network.apply(Stage::Routes, &desired).await;
@@ -434,12 +453,17 @@ impl World for Proxy {
         self.in_force = Some(desired.clone());
         self.resolvers = resolvers;
         self.stop_engine().await;
-        let routes = routes.and(self.hold(request, &desired).await);
+        let (device, routes) = if resumes {
+            (Ok(()), routes)
+        } else {
+            let device = self.network().await?.drop_tunnel().await;
+            (device, routes.and(self.hold(request, &desired).await))
+        };
         // Also those that went through the engine. Without a firewall their resets could leave.
         if firewall.is_ok() && routes.is_ok() {
             self.network().await?.end_older(&desired).await;
         }
-        firewall.and(routes).map_err(|error| network::failure(&error))
+        firewall.and(routes).and(device).map_err(|error| network::failure(&error))
     }
 
     async fn probe(&mut self) -> Result<(), Failure> {

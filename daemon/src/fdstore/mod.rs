@@ -37,11 +37,12 @@ impl Inherited {
 
     /// The descriptor of this name. Others of that name are closed.
     pub fn named(&mut self, name: &str) -> Option<OwnedFd> {
-        let mut found = None;
-        for (_, fd) in self.0.extract_if(.., |(known, _)| known == name) {
-            found.get_or_insert(fd);
-        }
-        found
+        self.all(name).into_iter().next()
+    }
+
+    /// Every descriptor of this name.
+    pub fn all(&mut self, name: &str) -> Vec<OwnedFd> {
+        self.0.extract_if(.., |(known, _)| known == name).map(|(_, fd)| fd).collect()
     }
 }
 
@@ -63,6 +64,10 @@ impl Keep for FdStore {
         let state = [NotifyState::FdStore, NotifyState::FdName(name), NotifyState::Custom("FDPOLL=0")];
         sd_notify::notify_with_fds(&state, &[fd])?;
         barrier()
+    }
+
+    fn forget(&self, name: &str) -> io::Result<()> {
+        sd_notify::notify(&[NotifyState::FdStoreRemove, NotifyState::FdName(name)])
     }
 }
 

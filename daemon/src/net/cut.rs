@@ -5,7 +5,7 @@ use std::collections::HashSet;
 use std::io;
 use std::net::{IpAddr, SocketAddr};
 
-use netlink_packet_sock_diag::constants::{IPPROTO_TCP, IPPROTO_UDP};
+use netlink_packet_sock_diag::constants::{IPPROTO_TCP, IPPROTO_UDP, TCP_SYN_SENT};
 use netlink_packet_sock_diag::inet::StateFlags;
 
 use super::desired::{Desired, MARK};
@@ -42,6 +42,11 @@ pub(super) fn stranded(own: &HashSet<IpAddr>) -> io::Result<usize> {
         let local = socket.local.ip();
         socket.mark == Some(MARK) && !local.is_loopback() && !own.contains(&local)
     })
+}
+
+/// The same, but not those that only begin.
+pub(super) fn of_begun(addresses: &[IpAddr]) -> io::Result<usize> {
+    end(IPPROTO_TCP, |socket| addresses.contains(&socket.local.ip()) && socket.state != TCP_SYN_SENT)
 }
 
 /// Whether this kernel ends sockets (`CONFIG_INET_DIAG_DESTROY`).

@@ -12,8 +12,9 @@ use super::devices::Devices;
 use super::firewall::{self, Backend, MAX_SESSIONS, Ruleset};
 use super::health::{self, Finding};
 use super::journal::Journal;
+use super::keep::Queues;
 use super::kernel::{self, Kernel};
-use super::observed::{Kind, Observed};
+use super::observed::{Kind, Link, Observed};
 use super::step::{Action, Change, Stage, Step};
 use super::{Error, Keeping, cut, plan, preflight, sockets};
 
@@ -31,6 +32,7 @@ pub struct Network {
     pub(super) backend: Option<Backend>,
     /// For the backend when it is chosen.
     keeping: Keeping,
+    queues: Queues,
     /// What this process installed.
     pub(super) installed: Option<Ruleset>,
     /// The devices at the last look.
@@ -68,8 +70,9 @@ impl Network {
     ///
     /// # Errors
     /// [`Error::Connect`]. A missing firewall is not an error here but in [`preflight`](Self::preflight).
-    pub async fn open(state_dir: &Path, keeping: Keeping) -> Result<Self, Error> {
+    pub async fn open(state_dir: &Path, mut keeping: Keeping) -> Result<Self, Error> {
         let (kernel, journal) = (Kernel::connect()?, Journal::open(state_dir));
+        let queues = Queues::new(keeping.store.clone(), std::mem::take(&mut keeping.tunnel));
         let (installed, at_look, sessions) = (None, None, None);
         let (outward, tunnelled) = (HashSet::new(), HashSet::new());
         let mut network = Self {
@@ -77,6 +80,7 @@ impl Network {
             journal,
             backend: None,
             keeping,
+            queues,
             installed,
             at_look,
             outward,
@@ -163,14 +167,50 @@ impl Network {
         Ok(tunnel.into_iter().chain(firewall).chain(routes).collect())
     }
 
-    /// Makes the tunnel device with its addresses and brings it up; it goes when the descriptors are closed. They are
-    /// non-blocking and carry virtio headers (`struct virtio_net_hdr`), with checksum and TCP segmentation offloads. More
-    /// than one queue: `IFF_MULTI_QUEUE`.
+    /// Whether an earlier process left this device with so many queues, so that [`create_tunnel`](Self::create_tunnel) goes on
+    /// with it.
+    ///
+    /// # Errors
+    /// When the present state can't be read.
+    pub async fn has_tunnel(&self, tunnel: &Tunnel, queues: usize) -> Result<bool, Error> {
+        let ours = |link: &&Link| link.name == tunnel.name && link.ours;
+        Ok(self.queues.fit(&tunnel.name, queues) && self.kernel.links().await?.iter().any(|link| ours(&link)))
+    }
+
+    /// Ends the connections that went through the device that an earlier process left: nobody knows them any more.
+    pub async fn end_tunnelled(&self, tunnel: &Tunnel) {
+        let addresses = [IpAddr::V4(tunnel.v4.addr()), IpAddr::V6(tunnel.v6.addr())];
+        end("of the daemon before", move || cut::of_begun(&addresses)).await;
+    }
+
+    /// Removes the tunnel device, whoever holds it.
+    ///
+    /// # Errors
+    /// When it is still there.
+    pub async fn drop_tunnel(&mut self) -> Result<(), Error> {
+        self.queues.forget();
+        for link in self.kernel.links().await?.iter().filter(|link| link.ours) {
+            let step = Step { action: Action::Remove, change: Change::Device(link.name.clone()) };
+            match self.kernel.run(&step).await {
+                Err(error) if !kernel::already(&step, &error) => return Err(error),
+                _ => {}
+            }
+        }
+        Ok(())
+    }
+
+    /// Makes the tunnel device with its addresses and brings it up, or goes on with that of an earlier process. It goes when the
+    /// descriptors are closed, here and where they are kept. They are non-blocking and carry virtio headers
+    /// (`struct virtio_net_hdr`), with checksum and TCP segmentation offloads. More than one queue: `IFF_MULTI_QUEUE`.
     ///
     /// # Errors
     /// [`Error::NameTaken`], [`Error::Create`], or the step that failed; nothing is left then.
     pub async fn create_tunnel(&mut self, tunnel: &Tunnel, queues: usize) -> Result<Vec<OwnedFd>, Error> {
-        self.make_way(&tunnel.name).await?;
+        let kept = if self.has_tunnel(tunnel, queues).await? { self.queues.take(&tunnel.name, queues) } else { None };
+        if kept.is_none() {
+            self.queues.forget();
+            self.make_way(&tunnel.name).await?;
+        }
         let before = self.journal.begin([made(&tunnel.name).line()])?;
         let desired = Desired {
             tunnel: Some(tunnel.clone()),
@@ -182,11 +222,21 @@ impl Network {
             forward: Forward::Block,
             iptables_fallback: false,
         };
-        let made = match self.kernel.create(tunnel, queues).await {
+        let is_new = kept.is_none();
+        let fds = match kept {
+            Some(fds) => Ok(fds),
+            None => self.kernel.create(tunnel, queues).await,
+        };
+        let made = match fds {
             // When this fails the descriptors are closed, and the device goes with them.
             Ok(fds) => self.apply_steps(Stage::Tunnel, &desired).await.map(|()| fds),
             Err(error) => Err(error),
         };
+        match &made {
+            Ok(fds) if is_new => self.queues.leave(fds),
+            Ok(_) => {}
+            Err(_) => self.queues.forget(),
+        }
         match &made {
             Ok(_) => self.tunnelled.extend([IpAddr::V4(tunnel.v4.addr()), IpAddr::V6(tunnel.v6.addr())]),
             Err(_) => self.journal.roll_back(before)?,
@@ -424,6 +474,7 @@ impl Network {
             }
             Err(error) => result.errors.push(error),
         }
+        self.queues.forget();
         if result.errors.is_empty() {
             match self.kernel.observe().await {
                 Ok(observed) => result

@@ -3,12 +3,26 @@
 
 use std::fs::File;
 use std::io;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, BorrowedFd};
 
 /// `IFF_TUN_EXCL`: fail when the device exists, instead of joining it.
 const EXCLUSIVE: libc::c_int = 0x8000;
 /// What the engine's packets may leave to the kernel: checksums and TCP segmentation.
 const OFFLOADS: libc::c_uint = libc::TUN_F_CSUM | libc::TUN_F_TSO4 | libc::TUN_F_TSO6;
+
+/// Name and flags of the device that `fd` is a queue of.
+pub(super) fn device(fd: BorrowedFd<'_>) -> io::Result<(Vec<u8>, libc::c_int)> {
+    // SAFETY: ifreq is plain data, for which all zeroes are a value.
+    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
+    // SAFETY: TUNGETIFF writes one ifreq, which outlives the call; another kind of descriptor refuses it.
+    if unsafe { libc::ioctl(fd.as_raw_fd(), libc::TUNGETIFF, &raw mut request) } < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    let name = request.ifr_name.iter().map(|byte| byte.to_ne_bytes()[0]).take_while(|byte| *byte != 0).collect();
+    // SAFETY: TUNGETIFF has written this field of the union; any value is one of its type.
+    let flags = unsafe { request.ifr_ifru.ifru_flags };
+    Ok((name, libc::c_int::from(flags)))
+}
 
 /// Turns an open `/dev/net/tun` into a queue of the device `name`. `first`: make the device.
 pub(super) fn attach(file: &File, name: &str, multi_queue: bool, first: bool) -> io::Result<()> {

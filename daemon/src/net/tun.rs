@@ -2,7 +2,7 @@
 
 use std::fs::{File, OpenOptions};
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{BorrowedFd, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt;
 
 use super::sys;
@@ -25,4 +25,12 @@ pub(super) fn create(name: &str, queues: usize) -> io::Result<Vec<OwnedFd>> {
             Ok(OwnedFd::from(file))
         })
         .collect()
+}
+
+/// Whether this is a queue of the device, as [`create`] opens it.
+pub(super) fn is_queue(fd: BorrowedFd<'_>, name: &str, multi_queue: bool) -> bool {
+    let wanted = libc::IFF_TUN | libc::IFF_NO_PI | libc::IFF_VNET_HDR;
+    let wanted = if multi_queue { wanted | libc::IFF_MULTI_QUEUE } else { wanted };
+    let decisive = libc::IFF_TUN | libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR | libc::IFF_MULTI_QUEUE;
+    sys::device(fd).is_ok_and(|(found, flags)| found == name.as_bytes() && flags & decisive == wanted)
 }

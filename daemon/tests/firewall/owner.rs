@@ -29,6 +29,10 @@ impl Keep for Store {
         self.0.lock().unwrap().push(fd.try_clone_to_owned()?);
         Ok(())
     }
+
+    fn forget(&self, _: &str) -> io::Result<()> {
+        unreachable!("the firewall's socket is kept for ever")
+    }
 }
 
 /// Nobody takes anything.
@@ -39,15 +43,19 @@ impl Keep for Refusing {
     fn keep(&self, _: &str, _: BorrowedFd<'_>) -> io::Result<()> {
         Err(io::ErrorKind::TimedOut.into())
     }
+
+    fn forget(&self, _: &str) -> io::Result<()> {
+        Ok(())
+    }
 }
 
 fn owned(store: Arc<dyn Keep>) -> Backend {
-    Backend::choose().unwrap().owned(Keeping { store: Some(store), firewall: None })
+    Backend::choose().unwrap().owned(Keeping { store: Some(store), ..Keeping::default() })
 }
 
 /// The daemon that comes after.
 fn next(firewall: OwnedFd) -> Backend {
-    Backend::choose().unwrap().owned(Keeping { store: None, firewall: Some(firewall) })
+    Backend::choose().unwrap().owned(Keeping { firewall: Some(firewall), ..Keeping::default() })
 }
 
 /// Whether a datagram to the peer is let out.

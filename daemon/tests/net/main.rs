@@ -7,6 +7,7 @@
 mod around;
 mod conflicts;
 mod fairness;
+mod kept;
 mod older;
 mod steering;
 mod traces;
