@@ -3,7 +3,7 @@
 import subprocess
 import time
 
-from lab import PYTHON, SQUID, WEB, WEB6, expect, test, until
+from lab import PYTHON, SQUID, TINY, WEB, WEB6, expect, test, until
 
 # What programs try: TCP and UDP by name and address, IPv4 and IPv6, a foreign resolver, and as root: a bound device, ping, a raw packet.
 ATTEMPTS = f"""
@@ -97,6 +97,26 @@ def killed(lab):
     before = to_web(lab)
     attempts(lab)
     expect(len(to_web(lab)) > len(before), "after disconnect nothing goes out (the detector must fire)")
+
+
+@test("who connects while there is no daemon waits for the next one, on the same device", seconds=60)
+def waited(lab):
+    def device():
+        return lab.app("sh", "-c", "ip -o link show pvpn0 2>/dev/null | cut -d: -f1").stdout
+
+    lab.connect(TINY)
+    before = device()
+    lab.daemon_stop("KILL")
+    with lab.background("app", "alice", "curl", "-sS", "--max-time", "20", f"http://{WEB}/", stdout=subprocess.PIPE, text=True) as curl:
+        time.sleep(0.5)
+        expect(curl.poll() is None, "it was refused")
+        with lab.nothing_direct():
+            lab.daemon("--again")
+            body = curl.communicate(timeout=25)[0]
+    expect("hello from" in body, f"it did not get through: {body!r}")
+    expect(before and device() == before, f"another device: {before!r}, then {device()!r}")
+    lab.disconnect()
+    expect(not device(), "the device is left")
 
 
 @test("a connection opened before Connect does not go on in clear", seconds=90)
