@@ -100,7 +100,7 @@ def two_uplinks(lab):
 
 @test("a session over a second uplink with routing rules by source address goes on with a rule in front of ours", seconds=60)
 def source_rules(lab):
-    rules = f"from {SECOND} lookup 77", f"priority 3600 from {SECOND} fwmark 0x7076706e lookup 77"
+    rules = f"priority 32000 from {SECOND} lookup 77", f"priority 3600 from {SECOND} fwmark 0x7076706e lookup 77"
     with second_uplink(lab):
         lab.net("ip", "addr", "add", "198.18.8.1/32", "dev", "wan1")
         try:
