@@ -40,7 +40,7 @@ pub(super) fn lock(sessions: &[(SocketAddr, SocketAddr)]) -> Ruleset {
     let forward = passed.into_iter().chain([rule(vec![], Action::Drop)]).collect();
     let filter = |name, hook, priority, policy, rules| chain(name, Kind::Filter, hook, priority, policy, rules);
     let chains = vec![
-        filter("prerouting", Hook::Prerouting, PRIORITY_MANGLE, Policy::Accept, outside),
+        filter("prerouting", Hook::Prerouting, PRIORITY_MANGLE + BEHIND, Policy::Accept, outside),
         filter("forward", Hook::Forward, PRIORITY_FILTER + BEHIND, Policy::Drop, forward),
         filter("filter_output", Hook::Output, PRIORITY_FILTER + BEHIND, Policy::Accept, output),
         filter("postrouting", Hook::Postrouting, PRIORITY_LAST + BEHIND, Policy::Drop, last),
