@@ -95,6 +95,8 @@ def two_uplinks(lab):
                         new(3), first(3)
                     lab.disconnect()
                     near(4), far(4)
+            astray = lab.packets(f"src host {SECOND}")
+            expect(not astray, lambda: f"rp_filter {value}: answers left by the first uplink:\n" + "\n".join(astray[:3]))
         lab.net("ip", "addr", "del", "198.18.8.1/32", "dev", "wan1")
 
 
@@ -113,6 +115,9 @@ def source_rules(lab):
                 say(2)
                 lab.disconnect()
                 say(3)
+            # the sniffer is on the first uplink, where the far end would take them too
+            astray = lab.packets(f"src host {SECOND}")
+            expect(not astray, lambda: "answers left by the first uplink:\n" + "\n".join(astray[:3]))
         finally:
             for rule in rules:
                 lab.app("ip", "rule", "del", *rule.split(), check=False)
