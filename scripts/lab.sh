@@ -313,8 +313,8 @@ lab_daemon() {
     lab_forget
     # shellcheck disable=SC2016  # expanded inside
     lab_exec app bash -c 'rm -rf /run/proxyvpn/* "$LAB"/lib/*'
+    lab_exec app chown -R "$owner:" /run/proxyvpn "$LAB/lib"
   fi
-  lab_exec app chown -R "$owner:" /run/proxyvpn "$LAB/lib"
   lab_exec app "$LAB_PYTHON" "$ROOT/scripts/lab-hold.py" start "$LAB/notify" "$LAB/logs/proxyvpnd.log" 15 \
     "${under[@]}" env RUST_BACKTRACE=1 "${AS[@]}" "$bin" --state-dir "$LAB/lib" --imported "$LAB/lib/profiles.d" --runtime-dir /run/proxyvpn "$@" >"$LAB/daemon.pid" \
     || die "proxyvpnd did not start: $(tail -n 20 "$LAB/logs/proxyvpnd.log")"

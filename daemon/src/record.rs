@@ -28,10 +28,16 @@ pub(crate) fn read(path: &Path) -> Result<Option<Vec<u8>>, FileError> {
     Ok(Some(bytes))
 }
 
-/// Writes the record: beside it, synced, renamed, and the directory synced. If that fails the old one is still there.
+/// Writes the record: beside it, synced, renamed, and the directory synced. If that fails the old one is still there. An
+/// empty directory in its place goes.
 pub(crate) fn write(path: &Path, bytes: &[u8]) -> io::Result<()> {
     let temporary = path.with_extension("new");
-    let written = write_new(&temporary, bytes).and_then(|()| fs::rename(&temporary, path));
+    let written = write_new(&temporary, bytes).and_then(|()| match fs::rename(&temporary, path) {
+        Err(error) if error.kind() == ErrorKind::IsADirectory => {
+            fs::remove_dir(path).and_then(|()| fs::rename(&temporary, path))
+        }
+        renamed => renamed,
+    });
     if written.is_err() {
         let _ = fs::remove_file(&temporary);
     }
@@ -111,6 +117,10 @@ mod tests {
             assert!(!dir.path("elsewhere").exists(), "{leave}");
             assert!(!dir.path("record.new").exists(), "{leave}");
         }
+        remove(&path).unwrap();
+        fs::create_dir(&path).unwrap();
+        write(&path, b"new").unwrap();
+        assert_eq!(text(&path), "new");
     }
 
     #[test]

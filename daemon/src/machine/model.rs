@@ -574,6 +574,8 @@ fn start(shared: &Rc<Shared>, directory: &TestDir) -> (Handle, watch::Sender<boo
 struct Found {
     states: usize,
     events: usize,
+    /// Some of the states are connected: the model can do what the plan asks for.
+    connected: bool,
     /// A way to what does not hold, and what that is.
     wrong: Option<(Vec<Event>, String)>,
 }
@@ -597,7 +599,7 @@ async fn explore(defect: Defect, bound: usize) -> Found {
     let reached = |way| Reached { way, untried: Event::ALL.into() };
     let mut states = vec![reached(Vec::new())];
     let mut numbers = HashMap::from([(Trial::new(defect).await.key(), 0)]);
-    let (mut events, mut first) = (0, 0);
+    let (mut events, mut first, mut connected) = (0, 0, false);
     while first < bound
         && let Some(state) = states.get(first)
     {
@@ -621,9 +623,10 @@ async fn explore(defect: Defect, bound: usize) -> Found {
                 continue;
             }
             events += 1;
+            connected |= trial.state() == State::Connected;
             way.push(event);
             if let Some(wrong) = trial.wrong() {
-                return Found { states: states.len(), events, wrong: Some((way, wrong)) };
+                return Found { states: states.len(), events, connected, wrong: Some((way, wrong)) };
             }
             at = *numbers.entry(trial.key()).or_insert(states.len());
             if at == states.len() {
@@ -632,7 +635,7 @@ async fn explore(defect: Defect, bound: usize) -> Found {
         }
         trial.machine.abort();
     }
-    Found { states: states.len(), events, wrong: None }
+    Found { states: states.len(), events, connected, wrong: None }
 }
 
 fn run<F: Future>(test: F) -> F::Output {
@@ -645,6 +648,7 @@ fn nothing_leaves_and_nothing_is_left_whatever_comes() {
     let found = run(explore(Defect::None, bound()));
     println!("{} states, {} events", found.states, found.events);
     assert_eq!(found.wrong, None);
+    assert!(found.connected, "the model never gets connected");
     assert!(found.states > 500, "only {} states: the model does not go far enough", found.states);
 }
 
@@ -654,5 +658,52 @@ fn the_exploration_finds_each_defect() {
         let found = run(explore(defect, usize::MAX));
         let (way, wrong) = found.wrong.unwrap_or_else(|| panic!("{defect:?} is not found"));
         println!("{defect:?}: {wrong} after {way:?}");
+    }
+}
+
+/// Until nothing happens by itself any more.
+async fn come_to_rest(trial: &mut Trial) {
+    for _ in 0..500 {
+        if !trial.happen(Event::Go).await {
+            let state = trial.state();
+            let waits = state == State::Connecting || state == State::Blocked && trial.shared.upstream.get();
+            if !waits || !trial.happen(Event::Minute).await {
+                return;
+            }
+        }
+    }
+    panic!("it never comes to rest: {:?}", trial.gate());
+}
+
+#[test]
+fn the_model_does_what_the_real_daemon_does() {
+    let traces = include_str!("../../../tests/e2e/traces.txt").lines().filter(|line| !line.starts_with('#'));
+    for trace in traces {
+        run(async {
+            let mut trial = Trial::new(Defect::None).await;
+            come_to_rest(&mut trial).await;
+            for step in trace.split_whitespace() {
+                let (what, expected) = step.split_once('=').unwrap();
+                let event = match what {
+                    "connect" => Event::Connect,
+                    "disconnect" => Event::Disconnect,
+                    "reconnect" => Event::Reconnect,
+                    "crash" => Event::Crash,
+                    "stop" | "start" => Event::Stop,
+                    "upstream-gone" => Event::UpstreamGone,
+                    "upstream-back" => Event::UpstreamBack,
+                    "device-gone" => Event::DeviceGone,
+                    "rules-gone" => Event::RulesGone,
+                    "routes-gone" => Event::RoutesGone,
+                    other => panic!("unknown: {other}"),
+                };
+                assert!(trial.happen(event).await, "{step} of {trace}");
+                come_to_rest(&mut trial).await;
+                let state = if trial.machine.is_finished() { "ended" } else { trial.state().as_str() };
+                let open = if trial.shared.kernel.borrow().open().is_some() { "open" } else { "closed" };
+                assert_eq!(format!("{state},{open}"), expected, "{step} of {trace}");
+                assert_eq!(trial.wrong(), None, "{step} of {trace}");
+            }
+        });
     }
 }

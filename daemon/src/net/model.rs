@@ -97,6 +97,7 @@ impl Model {
         rules.sort_by_key(|rule| rule.priority);
         let meets = |rule: &&Rule| {
             rule.mark.is_none()
+                && rule.device.is_none()
                 && rule.to.is_none()
                 && rule.users.is_none()
                 && rule.protocol.is_none_or(|p| p == protocol)
@@ -150,7 +151,7 @@ fn apply(observed: &mut Observed, step: &Step) {
         Change::Settings(tunnel) => {
             if let Some(link) = observed.links.iter_mut().find(|link| link.name == tunnel.name) {
                 (link.up, link.mtu, link.queue) = (true, u32::from(tunnel.mtu), super::tun::QUEUE);
-                link.address_generation_off = true;
+                (link.address_generation_off, link.multicast) = (true, false);
             }
         }
         Change::Address { device, address } => {
