@@ -145,7 +145,10 @@ fn remedy(code: &str) -> &'static str {
         "capability" => "start the daemon through its unit: systemctl start proxyvpnd",
         "tun" => "load the module: modprobe tun; the unit must allow /dev/net/tun",
         "device-name" => "set another name: [tun] name in the profile, or --tun-name",
-        _ => "install nftables support (kernel module nf_tables), or the nft or iptables program",
+        _ => {
+            "load the kernel module nf_tables, or install the nft program; iptables will do only with iptables-fallback = true in \
+             [protect] of the profile"
+        }
     }
 }
 
