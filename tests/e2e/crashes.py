@@ -32,6 +32,7 @@ def once(crashes, before, connect=0, on=0, off=0):
     lab = crashes.lab
     first = crashes.asked(connect, "connect", "--proxy-url", TINY)
     since, wanted = first.closed(), first.did("rename", "/intent.json")
+    expect(wanted or not since, "the network was closed before the record said so: a crash would open it")
     if not first.killed:
         lab.daemon_stop("KILL")
     second = crashes.again(on)

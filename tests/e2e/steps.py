@@ -1,5 +1,6 @@
 """A daemon that is killed before chosen steps (steps.c), and what it had done by then."""
 
+import contextlib
 import json
 import os
 import subprocess
@@ -59,6 +60,7 @@ class Crashes:
 
     def asked(self, number, *command):
         """proxyctl, with the daemon killed before that step (0: before none)."""
+        self.forget()
         with self.lab.background("app", None, self.program, str(number), self.log, "-p", self.lab.daemon_pid()) as tracer:
             until(5, self.traced, "the daemon cannot be traced")
             done = self.lab.alice("proxyctl", *command, check=False, timeout=30)
@@ -72,11 +74,17 @@ class Crashes:
 
     def again(self, number):
         """Starts the daemon after a crash, and kills it before that step (0: before none)."""
+        self.forget()
         command = [SCRIPT, "daemon", "--again", "--under", f"{self.program} {number} {self.log}"]
         done = subprocess.run(command, env=self.lab.env, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60, check=False)
         expect(done.returncode == 0 or Steps(self.log).killed, lambda: f"the daemon does not start: {done.stderr}")
         until(20, lambda: Steps(self.log).killed or at_rest(self.lab), "neither at rest nor killed")
         return Steps(self.log)
+
+    def forget(self):
+        """The log of a daemon that was killed: its presence means that there is a tracer."""
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(self.log)
 
     def traced(self):
         return os.path.exists(self.log) and os.path.getsize(self.log)
