@@ -74,6 +74,9 @@ class Holder:
         return poll
 
     def start(self, caller, seconds, log, command):
+        # one that was just killed may still be about to end
+        if self.process is not None and select.select([self.process], [], [], 2)[0]:
+            self.ended()
         self.caller, self.deadline = caller, time.monotonic() + seconds
         if self.process is not None:
             self.answer("the service runs already")
