@@ -202,6 +202,29 @@ stop_killed() { # stopped although it does not react: systemd kills it, ExecStop
   network >"$LOGS/network.after"; diff "$LOGS/network.before" "$LOGS/network.after"
 }
 check "systemctl stop of a daemon that hangs does so too" stop_killed
+rounds=${PROXYVPN_ROUNDS:-4}
+again_and_again() { # ACTION: PROXYVPN_ROUNDS times, each time leaving the network as it was
+  local round
+  for ((round = 1; round <= rounds; round++)); do
+    if ! "$@" "$round"; then echo "round $round of $rounds"; return 1; fi
+    network >"$LOGS/network.after"
+    if ! diff "$LOGS/network.before" "$LOGS/network.after"; then echo "after round $round of $rounds"; return 1; fi
+  done
+}
+stopped() { # every second time just after kill -9, before the next daemon has gone on
+  root systemctl start proxyvpnd.service </dev/null && box as "$BOX" alice proxyctl connect lab </dev/null || return 1
+  (($1 % 2)) || kill_main KILL || return 1
+  root systemctl stop proxyvpnd.service </dev/null
+}
+check "$rounds times systemctl stop while connected, half of them after kill -9" again_and_again stopped
+removed() {
+  root systemctl start proxyvpnd.service </dev/null && box as "$BOX" alice proxyctl connect lab </dev/null || return 1
+  (($1 % 2)) || kill_main KILL || return 1
+  root /run/src/scripts/install.sh --quiet --uninstall </dev/null || return 1
+  network >"$LOGS/network.removed"; diff "$LOGS/network.before" "$LOGS/network.removed" || return 1
+  root /run/src/scripts/install.sh --quiet --bin-dir /run/src/bin </dev/null
+}
+check "$rounds times removed while connected, half of them after kill -9, and installed again" again_and_again removed
 uninstall_connected() {
   root systemctl start proxyvpnd.service </dev/null; box as "$BOX" alice proxyctl connect lab </dev/null || return 1
   root proxyctl lockdown on </dev/null || return 1
