@@ -101,13 +101,15 @@ check "look-ups go on after a restart of systemd-resolved" resolved_again
 same_state() { resolved_state >"$LOGS/resolved.after" 2>&1; diff "$LOGS/resolved.before" "$LOGS/resolved.after"; }
 check "its settings and /etc/resolv.conf are untouched while connected" same_state
 flushed_at_disconnect() {
-  changed 203.0.113.2 && dns2 203.0.113.3 && changed 203.0.113.2 || { echo "the old answer is not in the cache"; return 1; }
+  if ! changed 203.0.113.2 || ! dns2 203.0.113.3 || ! changed 203.0.113.2; then echo "the old answer is not in the cache"; return 1; fi
   as_alice proxyctl disconnect && changed 203.0.113.3
 }
 check "its cache is flushed at disconnect" flushed_at_disconnect
 check "its settings and /etc/resolv.conf are what they were" same_state
 flushed_at_stop() {
-  as_alice proxyctl connect lab && changed 203.0.113.3 && dns2 203.0.113.4 && changed 203.0.113.3 || { echo "the old answer is not in the cache"; return 1; }
+  if ! as_alice proxyctl connect lab || ! changed 203.0.113.3 || ! dns2 203.0.113.4 || ! changed 203.0.113.3; then
+    echo "the old answer is not in the cache"; return 1
+  fi
   root systemctl stop proxyvpnd.service && changed 203.0.113.4 && root systemctl start proxyvpnd.service
 }
 check "its cache is flushed by systemctl stop" flushed_at_stop

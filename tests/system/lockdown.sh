@@ -21,7 +21,9 @@ no_lock() { ! root nft list table inet proxyvpn-lock </dev/null 2>/dev/null; }
 
 lock_on() {
   root proxyctl lockdown on || return 1
-  lock_is active && root nft list table inet proxyvpn-lock </dev/null | grep -q owner || { echo "no lock that belongs to its unit"; root systemctl status $LOCK --no-pager </dev/null; return 1; }
+  if ! lock_is active || ! root nft list table inet proxyvpn-lock </dev/null | grep -q owner; then
+    echo "no lock that belongs to its unit"; root systemctl status $LOCK --no-pager </dev/null; return 1
+  fi
   [ "$(root systemctl show -P MainPID $LOCK </dev/null)" = 0 ] || { echo "the lock has a process"; return 1; }
   ! root proxyctl status </dev/null | grep lockdown-
 }
@@ -113,7 +115,7 @@ in_time() { # the lock was there before anything that waits for the network
 }
 boot_locked() {
   local before; before=$(stream_seen)
-  sender && reboot_box && lock_is active && in_time || { root systemctl status $LOCK --no-pager </dev/null; return 1; }
+  if ! sender || ! reboot_box || ! lock_is active || ! in_time; then root systemctl status $LOCK --no-pager </dev/null; return 1; fi
   [ "$(root systemctl is-active proxyvpnd.service </dev/null)" = inactive ] || { echo "the daemon runs: not what is to be shown"; return 1; }
   [ "$(root systemctl is-active test-sender.service </dev/null)" = active ] || { echo "nothing was sent"; return 1; }
   closed || return 1
