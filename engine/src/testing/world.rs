@@ -451,7 +451,8 @@ impl World {
             return Ok(());
         }
         let length = *program.length.get_or_insert(program.sent.saturating_sub(1));
-        let end = program.acknowledged + program.offered;
+        // A closed window is probed with a byte: that it has opened can have been lost (RFC 9293 section 3.8.6.1).
+        let end = program.acknowledged + program.offered.max(1);
         let mut segments = Vec::from_iter(program.acknowledge(60_000));
         let mut from = program.acknowledged;
         while from < end.min(length + 1) {
