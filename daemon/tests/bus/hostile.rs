@@ -51,7 +51,7 @@ fn wrong_types_members_and_interfaces_are_errors() {
         ] {
             assert!(result.unwrap_err().contains("InvalidArgs"), "{method}");
         }
-        assert!(manager(&alice, "SetLockdown", &(true,)).await.unwrap_err().contains("UnknownMethod"));
+        assert!(manager(&alice, "NoSuchMethod", &(true,)).await.unwrap_err().contains("UnknownMethod"));
         assert!(call(&alice, MANAGER_PATH, "org.proxyvpn1.Secret", "X", &()).await.is_err());
         let error = manager(&alice, "Disconnect", &(options([("force", true.into())]),)).await.unwrap_err();
         assert!(error.starts_with("org.proxyvpn1.Error.InvalidOption") && error.contains("force"), "{error}");
