@@ -9,8 +9,11 @@ from scenarios import STEERED, UNSTEERED
 
 # What is known and documented as a limit, by (probe, column); "*" is any. It is shown and counted apart, never silent.
 FRAMES = "under lockdown without a daemon nothing stands at the exit of the uplinks"
+NEW_DEVICE = "a new or renamed device has its chain for frames some milliseconds later"
+FRAME_PROBES = ("packet", "packet-bypass", "packet6", "packet-vlan", "packet-other", "macvlan")
 DOCUMENTED = {
-    **{(name, "lockdown-alone"): FRAMES for name in ("packet", "packet-bypass", "packet6", "packet-vlan", "packet-other", "macvlan")},
+    **{(name, "lockdown-alone"): FRAMES for name in FRAME_PROBES},
+    **{(name, column): NEW_DEVICE for name in FRAME_PROBES for column in ("uplink-renamed", "uplink-new", "uplink-gone")},
     ("dhcp-shaped", "*"): "DHCP's ports, which need root, may be used towards any address",
 }
 HELD, LEAK, LIMIT, FIRED, MUTE, NONE, VOID = "·", "L", "d", "!", "X", "-", "?"
