@@ -310,7 +310,7 @@ impl Relay {
                 self.connection.close();
                 self.progress = now;
             }
-        } else if self.connection.send_queue() == 0 {
+        } else if !self.settled && self.connection.send_queue() == 0 {
             self.connection.abort();
             self.aborted = true;
         }

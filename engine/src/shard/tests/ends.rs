@@ -75,6 +75,18 @@ async fn an_upstream_that_takes_nothing_at_the_end_does_not_keep_the_flow() {
 }
 
 #[tokio::test]
+async fn an_upstream_that_breaks_at_the_end_ends_the_flow_at_once() {
+    let (mut bench, mut far) = finished(v4(), 4096, 50_000).await;
+    far.close();
+    for _ in 0..100 {
+        tokio::task::yield_now().await;
+        bench.turn();
+    }
+    assert!(bench.flows().is_empty());
+    assert_eq!(bench.counters.flows_reset_by_upstream.get(), 1);
+}
+
+#[tokio::test]
 async fn a_reset_of_what_is_over_takes_nothing_from_the_upstream() {
     let (mut bench, mut far) = finished(v6(), 4096, 50_000).await;
     bench.feed(&v6().tcp(RST, 50_102, 0, &[]));
