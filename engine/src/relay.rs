@@ -244,6 +244,10 @@ impl Relay {
                 Some(Poll::Pending) | None => break,
             }
         }
+        if self.upstream_broken {
+            // Nobody takes it any more. With a closed window smoltcp would not see what the program acknowledges either.
+            while self.connection.receive(|bytes| (bytes.len(), ())).is_some() {}
+        }
         total
     }
 
