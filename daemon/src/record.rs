@@ -1,9 +1,11 @@
 //! Small files of the daemon's own that survive a power cut, and are believed only where nobody else can have written them.
 
 use std::fs::{self, File, OpenOptions};
-use std::io::{self, ErrorKind, Read as _, Write as _};
+use std::io::{self, ErrorKind, Write as _};
 use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _};
 use std::path::Path;
+
+use zeroize::Zeroizing;
 
 use crate::config::file::{self, FileError, Rules};
 
@@ -11,21 +13,14 @@ use crate::config::file::{self, FileError, Rules};
 const MAX_BYTES: usize = 1 << 18;
 
 /// Reads the record at `path`; `None` when there is none. Never waits, whatever lies there.
-pub(crate) fn read(path: &Path) -> Result<Option<Vec<u8>>, FileError> {
+pub(crate) fn read(path: &Path) -> Result<Option<Zeroizing<Vec<u8>>>, FileError> {
     let mut owners = vec![rustix::process::geteuid().as_raw(), 0];
     // Whoever owns the directory could put another file there. A clean-up by root reads what the daemon's user wrote.
     owners.extend(path.parent().and_then(|directory| directory.metadata().ok()).map(|directory| directory.uid()));
-    let file = match file::open(path, Rules { owners: &owners, max: MAX_BYTES, secret: false }) {
-        Err(FileError::Missing { .. }) => return Ok(None),
-        file => file?,
-    };
-    let mut bytes = Vec::new();
-    let read = file.take(MAX_BYTES as u64 + 1).read_to_end(&mut bytes);
-    read.map_err(|source| FileError::Read { path: path.into(), source })?;
-    if bytes.len() > MAX_BYTES {
-        return Err(FileError::TooLarge { path: path.into(), max: MAX_BYTES });
+    match file::read(path, Rules { owners: &owners, max: MAX_BYTES, secret: false }) {
+        Err(FileError::Missing { .. }) => Ok(None),
+        read => read.map(Some),
     }
-    Ok(Some(bytes))
 }
 
 /// Writes the record: beside it, synced, renamed, and the directory synced. If that fails the old one is still there. An
@@ -78,7 +73,7 @@ mod tests {
     use crate::test_dir::TestDir;
 
     fn text(path: &Path) -> String {
-        String::from_utf8(read(path).unwrap().unwrap()).unwrap()
+        String::from_utf8(read(path).unwrap().unwrap().to_vec()).unwrap()
     }
 
     #[test]

@@ -157,11 +157,6 @@ pub(super) fn read_at(
         .ok_or_else(|| FileError::TooLarge { path: path.into(), max: rules.max })
 }
 
-/// Opens a regular file that only the right owner can have written. Its size is not looked at.
-pub(crate) fn open(path: &Path, rules: Rules<'_>) -> Result<File, FileError> {
-    open_at(CWD, path.as_os_str(), path, rules)
-}
-
 fn open_at(dir: BorrowedFd<'_>, name: &OsStr, path: &Path, rules: Rules<'_>) -> Result<File, FileError> {
     // O_NONBLOCK: opening a FIFO must not wait for its writer.
     let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC;

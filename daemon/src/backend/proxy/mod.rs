@@ -196,17 +196,13 @@ impl Proxy {
     }
 
     /// The device of the daemon before, if this one only now begins and can go on with it: then programs that connect wait in it.
-    async fn resumed(&mut self, request: Option<&Request>) -> Result<Option<Tunnel>, Failure> {
+    async fn resumed(&mut self, request: Option<&Request>) -> Option<Tunnel> {
         let begins = !std::mem::replace(&mut self.begun, true);
-        let Some(request) = request.filter(|_| begins) else { return Ok(None) };
-        let tunnel = network::tunnel(&request.profile.tun);
+        let tunnel = network::tunnel(&request.filter(|_| begins)?.profile.tun);
         let queues = self.queues;
-        let network = self.network().await?;
-        if !network.has_tunnel(&tunnel, queues).await.map_err(|error| network::failure(&error))? {
-            return Ok(None);
-        }
-        network.end_tunnelled(&tunnel).await;
-        Ok(Some(tunnel))
+        // What can't be found out must not keep the block from being put in force.
+        let there = self.network().await.ok()?.has_tunnel(&tunnel, queues).await.unwrap_or(false);
+        there.then_some(tunnel)
     }
 
     /// How many addresses the upstream has; each has a whole range of ports.
@@ -295,9 +291,8 @@ impl World for Proxy {
             None => (network::idle(), None),
         };
         self.watch().await;
-        let resumed = self.resumed(request).await?;
-        let resumes = resumed.is_some();
-        let desired = self.want(Desired { tunnel: resumed, ..desired }).clone();
+        let tunnel = self.resumed(request).await;
+        let desired = self.want(Desired { tunnel, ..desired }).clone();
         let network = self.network().await?;
         let firewall = network.apply(Stage::Firewall, &desired).await;
         let routes = network.apply(Stage::Routes, &desired).await;
@@ -306,7 +301,7 @@ impl World for Proxy {
         self.in_force = Some(desired.clone());
         self.resolvers = resolvers;
         self.stop_engine().await;
-        let (device, routes) = if resumes {
+        let (device, routes) = if desired.tunnel.is_some() {
             (Ok(()), routes)
         } else {
             let device = self.network().await?.drop_tunnel().await;
@@ -314,7 +309,11 @@ impl World for Proxy {
         };
         // Also those that went through the engine. Without a firewall their resets could leave.
         if firewall.is_ok() && routes.is_ok() {
-            self.network().await?.end_older(&desired).await;
+            let network = self.network().await?;
+            network.end_older(&desired).await;
+            if let Some(tunnel) = &desired.tunnel {
+                network.end_tunnelled(tunnel).await;
+            }
         }
         firewall.and(routes).and(device).map_err(|error| network::failure(&error))
     }
