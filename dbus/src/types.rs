@@ -62,6 +62,45 @@ pub struct Progress {
     pub summary: String,
 }
 
+/// How far Tor is with its way into the network (`TorVm.Bootstrap`). All texts are Tor's own but the hint.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, Type, Variant, OwnedVariant)]
+pub struct Bootstrap {
+    /// 0 to 100.
+    pub percent: u32,
+    /// Stable code of the step, as `conn_or`.
+    pub tag: String,
+    /// What is being done.
+    pub summary: String,
+    /// What went wrong last, or empty.
+    pub warning: String,
+    /// Stable code of that, as `TIMEOUT`, or empty.
+    pub reason: String,
+    /// What it may mean and what to do, or empty.
+    pub hint: String,
+}
+
+/// A relay of a [`Circuit`].
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, Type)]
+pub struct Relay {
+    /// 40 hexadecimal digits.
+    pub fingerprint: String,
+    /// What its operator calls it, or empty.
+    pub nickname: String,
+    /// Its address, or empty.
+    pub address: String,
+}
+
+/// A way through the Tor network (`TorVm.Circuits`).
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, Type)]
+pub struct Circuit {
+    /// Tor's name of it.
+    pub id: String,
+    /// What it is for, as `GENERAL`.
+    pub purpose: String,
+    /// From the guard to the exit.
+    pub relays: Vec<Relay>,
+}
+
 /// One entry of `Manager.Health`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, Type, Variant, OwnedVariant)]
 pub struct HealthItem {

@@ -3,7 +3,8 @@
 use std::collections::HashMap;
 use std::path::PathBuf;
 
-use proxyvpn_dbus::types::{Check, Flow, PlanStep};
+use proxyvpn_dbus::ReasonCode;
+use proxyvpn_dbus::types::{Check, Circuit, Flow, PlanStep};
 
 use super::engine::EngineSlot;
 use super::{checks, network};
@@ -51,4 +52,16 @@ impl Inspector for ProxyInspector {
     fn statistics(&self) -> HashMap<String, u64> {
         self.engine.counters()
     }
+
+    async fn new_identity(&self) -> Result<(), Failure> {
+        Err(without_tor())
+    }
+
+    async fn circuits(&self) -> Result<Vec<Circuit>, Failure> {
+        Err(without_tor())
+    }
+}
+
+fn without_tor() -> Failure {
+    Failure::new(ReasonCode::NotSupported, "Tor does not run: connect a profile with backend = \"torvm\" first")
 }

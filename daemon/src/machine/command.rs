@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 
-use proxyvpn_dbus::types::{Check, Flow, HealthItem, PlanStep, Progress, Reason, State};
+use proxyvpn_dbus::types::{Bootstrap, Check, Circuit, Flow, HealthItem, PlanStep, Progress, Reason, State};
 use proxyvpn_engine::secret::Secret;
 use tokio::sync::{mpsc, oneshot, watch};
 
@@ -36,6 +36,10 @@ pub enum Command {
     Flows(oneshot::Sender<Vec<Flow>>),
     /// Counters of the engine by name; empty when it does not run.
     Statistics(oneshot::Sender<HashMap<String, u64>>),
+    /// Connections from now on take other ways through the Tor network.
+    NewIdentity(oneshot::Sender<Result<(), proxyvpn_dbus::Error>>),
+    /// The ways through the Tor network.
+    Circuits(oneshot::Sender<Result<Vec<Circuit>, proxyvpn_dbus::Error>>),
 }
 
 /// What the machine shows.
@@ -67,6 +71,10 @@ pub struct View {
     pub device: String,
     /// Resolvers reached around the tunnel.
     pub resolvers: Vec<String>,
+    /// How far Tor is; the default without one.
+    pub bootstrap: Bootstrap,
+    /// How the virtual machine runs, `kvm` or `tcg`, and why; empty without one.
+    pub accelerator: (&'static str, String),
     /// What is not as it should be.
     pub health: Vec<HealthItem>,
 }

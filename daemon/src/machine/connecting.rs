@@ -49,23 +49,25 @@ impl Connecting {
         }
         let mut touched = false;
         let mut percent = 0;
-        for phase in Phase::PROXY {
+        let phases = Phase::of(&self.request.profile);
+        for &phase in phases {
             context.progress(phase.as_str(), percent, phase.summary());
             tracing::debug!(phase = phase.as_str(), "begins");
             touched |= phase.touches_network();
-            match self.run(phase, context).await {
+            match self.run(phase, percent, context).await {
                 Outcome::Done(Ok(())) => {}
                 Outcome::Done(Err(failure)) => return self.failed(failure, touched || context.locked()),
                 Outcome::Unwanted => return Stage::Disconnecting(Disconnecting::requested()),
             }
-            percent += 100 / u32::try_from(Phase::PROXY.len()).unwrap_or(100);
+            percent += step(phases);
         }
         context.remember(&self.request.profile);
         Stage::Connected(Connected::new(self.request))
     }
 
-    async fn run<W: World, I: Inspector>(&self, phase: Phase, context: &mut Context<W, I>) -> Outcome {
-        let Context { world, orders, .. } = context;
+    async fn run<W: World, I: Inspector>(&self, phase: Phase, percent: u32, context: &mut Context<W, I>) -> Outcome {
+        let Context { world, orders, view, .. } = context;
+        let mut bootstrap = world.bootstrap();
         let mut work = pin!(world.phase(phase, &self.request));
         let mut unwanted = false;
         loop {
@@ -73,6 +75,11 @@ impl Connecting {
                 biased;
                 result = &mut work => {
                     return if unwanted { Outcome::Unwanted } else { Outcome::Done(result) };
+                }
+                Ok(()) = bootstrap.changed() => {
+                    let found = bootstrap.borrow_and_update().clone();
+                    let percent = percent + found.percent.min(100) * (99 - percent) / 100;
+                    view.bootstrap(found, percent);
                 }
                 order = orders.next() => match order {
                     Order::Connect(_, reply) => busy(reply, "a connection is being made; disconnect first"),
@@ -101,4 +108,9 @@ impl Connecting {
             Stage::Disconnected(Disconnected::after(&failure))
         }
     }
+}
+
+/// How much of an attempt a phase is, in percent. Waiting for Tor is by far the longest, so the others count little there.
+fn step(phases: &[Phase]) -> u32 {
+    if phases.contains(&Phase::WaitBootstrap) { 2 } else { 100 / u32::try_from(phases.len()).unwrap_or(100) }
 }

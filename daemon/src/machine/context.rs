@@ -4,7 +4,7 @@ use std::collections::VecDeque;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use proxyvpn_dbus::Error;
-use proxyvpn_dbus::types::{Check, HealthItem, PlanStep, Progress, Reason, State};
+use proxyvpn_dbus::types::{Bootstrap, Check, HealthItem, PlanStep, Progress, Reason, State};
 use tokio::sync::{mpsc, oneshot, watch};
 
 use super::intent::IntentFile;
@@ -73,6 +73,14 @@ impl<I: Inspector> Orders<I> {
                 Some(Command::Statistics(reply)) => {
                     let _ = reply.send(self.inspector.statistics());
                 }
+                Some(Command::NewIdentity(reply)) => {
+                    let inspector = self.inspector.clone();
+                    tokio::spawn(async move { reply.send(inspector.new_identity().await.map_err(without_tor)) });
+                }
+                Some(Command::Circuits(reply)) => {
+                    let inspector = self.inspector.clone();
+                    tokio::spawn(async move { reply.send(inspector.circuits().await.map_err(without_tor)) });
+                }
             }
         }
     }
@@ -105,12 +113,25 @@ impl<I: Inspector> Orders<I> {
     }
 }
 
+/// What everybody may see.
+pub(super) struct Shown(watch::Sender<View>);
+
+impl Shown {
+    /// How far Tor is; `percent` of the attempt.
+    pub(super) fn bootstrap(&self, bootstrap: Bootstrap, percent: u32) {
+        self.0.send_modify(|view| {
+            view.progress = Progress { percent, summary: bootstrap.summary.clone() };
+            view.bootstrap = bootstrap;
+        });
+    }
+}
+
 /// See the module.
 pub(super) struct Context<W, I> {
     pub(super) world: W,
     pub(super) orders: Orders<I>,
     pub(super) intent: IntentFile,
-    view: watch::Sender<View>,
+    pub(super) view: Shown,
     /// What is not as it should be for as long as the daemon runs.
     standing: Vec<HealthItem>,
     /// What could not be undone, or not be closed: it stays so, whatever is tried meanwhile, until the next time.
@@ -139,7 +160,7 @@ impl<W: World, I: Inspector> Context<W, I> {
         let (held, ready) = (VecDeque::new(), VecDeque::new());
         let orders = Orders { commands, held, ready, shutdown, stopping: false, inspector };
         let lockdown = Lock { files, on: false, holds: false, health: Vec::new() };
-        Self { world, orders, intent, view, standing, unsettled: Vec::new(), lockdown }
+        Self { world, orders, intent, view: Shown(view), standing, unsettled: Vec::new(), lockdown }
     }
 
     /// Whether nothing may leave without a connection.
@@ -239,7 +260,7 @@ impl<W: World, I: Inspector> Context<W, I> {
 
     fn show_lockdown(&mut self) {
         let (on, facts) = (self.lockdown.on, self.world.facts());
-        self.view.send_modify(|view| {
+        self.view.0.send_modify(|view| {
             view.lockdown = on;
             view.blocking = facts.blocking;
         });
@@ -248,8 +269,8 @@ impl<W: World, I: Inspector> Context<W, I> {
     /// Shows a new state. `request` is what is wanted, if anything is.
     pub(super) fn enter(&mut self, state: State, reason: Reason, request: Option<&Request>) {
         self.orders.release();
-        let facts = self.world.facts();
-        self.view.send_modify(|view| {
+        let (facts, bootstrap) = (self.world.facts(), self.world.bootstrap().borrow().clone());
+        self.view.0.send_modify(|view| {
             if view.state != state {
                 view.since = now();
             }
@@ -270,25 +291,28 @@ impl<W: World, I: Inspector> Context<W, I> {
             view.device = facts.device;
             view.resolvers = facts.resolvers;
             view.blocking = facts.blocking;
+            view.accelerator = facts.accelerator;
+            view.bootstrap = bootstrap;
         });
     }
 
     /// Shows how far the present state is.
     pub(super) fn progress(&mut self, phase: &'static str, percent: u32, summary: &str) {
         let facts = self.world.facts();
-        self.view.send_modify(|view| {
+        self.view.0.send_modify(|view| {
             view.phase = phase;
             view.progress = Progress { percent, summary: summary.to_owned() };
             view.firewall = facts.firewall;
             view.device = facts.device;
             view.resolvers = facts.resolvers;
             view.blocking = facts.blocking;
+            view.accelerator = facts.accelerator;
         });
     }
 
     /// Shows a new reason for the present state.
     pub(super) fn because(&mut self, reason: Reason) {
-        self.view.send_if_modified(|view| {
+        self.view.0.send_if_modified(|view| {
             let changed = view.reason != reason;
             view.reason = reason;
             changed
@@ -300,7 +324,7 @@ impl<W: World, I: Inspector> Context<W, I> {
         let found = self.world.health().await;
         self.health(found);
         let facts = self.world.facts();
-        self.view.send_if_modified(|view| {
+        self.view.0.send_if_modified(|view| {
             let changed = view.resolvers != facts.resolvers || view.firewall != facts.firewall;
             view.resolvers = facts.resolvers;
             view.firewall = facts.firewall;
@@ -311,7 +335,7 @@ impl<W: World, I: Inspector> Context<W, I> {
     /// Shows what is not as it should be.
     pub(super) fn health(&mut self, found: Vec<HealthItem>) {
         let health: Vec<_> = self.standing.iter().chain(&self.lockdown.health).cloned().chain(found).collect();
-        self.view.send_if_modified(|view| {
+        self.view.0.send_if_modified(|view| {
             let changed = view.health != health;
             view.health = health;
             changed
@@ -337,6 +361,10 @@ pub(super) fn answer(reply: Reply, result: Result<(), Error>) {
 /// Refuses because of what is going on.
 pub(super) fn busy(reply: Reply, what: &str) {
     refuse(reply, Error::Busy(what.to_owned()));
+}
+
+fn without_tor(failure: Failure) -> Error {
+    Error::NotConnected(failure.text)
 }
 
 fn item(code: &str, severity: &str, text: String) -> HealthItem {

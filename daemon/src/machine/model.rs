@@ -8,7 +8,7 @@ use std::rc::Rc;
 use std::time::Duration;
 
 use proxyvpn_dbus::ReasonCode;
-use proxyvpn_dbus::types::{Check, Flow, HealthItem, PlanStep, State};
+use proxyvpn_dbus::types::{Bootstrap, Check, Circuit, Flow, HealthItem, PlanStep, State};
 use tokio::sync::{Notify, oneshot, watch};
 
 use super::intent::IntentFile;
@@ -185,6 +185,10 @@ impl World for Double {
             Phase::ApplyRoutes => shared.apply(Stage::Routes, &Model::desired()).await,
             Phase::SaveNetwork => shared.gate(phase.as_str().to_owned()).await,
             Phase::ResolveUpstream | Phase::ConfigureDns | Phase::FlushDns => Ok(()),
+            // Of the other backend.
+            Phase::CreateTap | Phase::LaunchVm | Phase::WaitTap | Phase::ConfigureTap | Phase::WaitBootstrap => {
+                unreachable!("{phase:?}")
+            }
         }
     }
 
@@ -247,6 +251,10 @@ impl World for Double {
         Facts::default()
     }
 
+    fn bootstrap(&self) -> watch::Receiver<Bootstrap> {
+        watch::channel(Bootstrap::default()).1
+    }
+
     fn inspector(&self) -> impl Inspector + use<> {
         Nobody
     }
@@ -268,6 +276,14 @@ impl Inspector for Nobody {
     }
     fn statistics(&self) -> HashMap<String, u64> {
         HashMap::new()
+    }
+
+    async fn new_identity(&self) -> Result<(), Failure> {
+        Ok(())
+    }
+
+    async fn circuits(&self) -> Result<Vec<Circuit>, Failure> {
+        Ok(vec![])
     }
 }
 

@@ -1,5 +1,7 @@
 //! The phases of a connection attempt, in their order.
 
+use crate::config::profile::{Backend, Profile, Scheme};
+
 /// A phase of `connecting`, published as it passes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Phase {
@@ -21,9 +23,29 @@ pub enum Phase {
     ConfigureDns,
     /// Cached answers of before.
     FlushDns,
+    /// The device that leads to the virtual machine.
+    CreateTap,
+    /// The virtual machine, and the engine that carries what it sends.
+    LaunchVm,
+    /// The virtual machine's end of the device.
+    WaitTap,
+    /// From here on nothing goes around the virtual machine, and traffic goes into it.
+    ConfigureTap,
+    /// Tor's way into its network.
+    WaitBootstrap,
 }
 
 impl Phase {
+    /// The phases of a profile's attempt. The upstream is asked where there is one.
+    #[must_use]
+    pub const fn of(profile: &Profile) -> &'static [Self] {
+        match (profile.backend, profile.upstream.scheme) {
+            (Backend::Proxy, _) => &Self::PROXY,
+            (Backend::TorVm, Scheme::Direct) => &Self::TORVM,
+            (Backend::TorVm, _) => &Self::TORVM_UPSTREAM,
+        }
+    }
+
     /// The proxy backend's phases.
     pub const PROXY: [Self; 9] = [
         Self::CheckPrivileges,
@@ -35,6 +57,32 @@ impl Phase {
         Self::ApplyRoutes,
         Self::ConfigureDns,
         Self::FlushDns,
+    ];
+
+    /// The torvm backend's phases, where Tor has an upstream.
+    const TORVM_UPSTREAM: [Self; 10] = [
+        Self::CheckPrivileges,
+        Self::ResolveUpstream,
+        Self::ProbeUpstream,
+        Self::SaveNetwork,
+        Self::CreateTap,
+        Self::LaunchVm,
+        Self::WaitTap,
+        Self::ConfigureTap,
+        Self::FlushDns,
+        Self::WaitBootstrap,
+    ];
+
+    /// The torvm backend's phases.
+    pub const TORVM: [Self; 8] = [
+        Self::CheckPrivileges,
+        Self::SaveNetwork,
+        Self::CreateTap,
+        Self::LaunchVm,
+        Self::WaitTap,
+        Self::ConfigureTap,
+        Self::FlushDns,
+        Self::WaitBootstrap,
     ];
 
     /// The name on the bus.
@@ -50,6 +98,11 @@ impl Phase {
             Self::ApplyRoutes => "apply-routes",
             Self::ConfigureDns => "configure-dns",
             Self::FlushDns => "flush-dns",
+            Self::CreateTap => "create-tap",
+            Self::LaunchVm => "launch-vm",
+            Self::WaitTap => "wait-tap",
+            Self::ConfigureTap => "configure-tap",
+            Self::WaitBootstrap => "wait-bootstrap",
         }
     }
 
@@ -66,13 +119,18 @@ impl Phase {
             Self::ApplyRoutes => "Routing traffic into the tunnel",
             Self::ConfigureDns => "Configuring name resolution",
             Self::FlushDns => "Flushing DNS caches",
+            Self::CreateTap => "Creating the device to the virtual machine",
+            Self::LaunchVm => "Starting the virtual machine",
+            Self::WaitTap => "Waiting for the virtual machine",
+            Self::ConfigureTap => "Closing the firewall and routing traffic into the virtual machine",
+            Self::WaitBootstrap => "Waiting for Tor",
         }
     }
 
     /// Whether the phase waits for others and changes nothing, so that it may be dropped half-way.
     #[must_use]
     pub const fn interruptible(self) -> bool {
-        matches!(self, Self::ResolveUpstream | Self::ProbeUpstream)
+        matches!(self, Self::ResolveUpstream | Self::ProbeUpstream | Self::WaitTap | Self::WaitBootstrap)
     }
 
     /// Whether the network may differ from before once the phase has begun.
@@ -85,7 +143,12 @@ impl Phase {
             | Self::ApplyFirewall
             | Self::ApplyRoutes
             | Self::ConfigureDns
-            | Self::FlushDns => true,
+            | Self::FlushDns
+            | Self::CreateTap
+            | Self::LaunchVm
+            | Self::WaitTap
+            | Self::ConfigureTap
+            | Self::WaitBootstrap => true,
         }
     }
 }

@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use proxyvpn_dbus::types::{Check, Flow, HealthItem, PlanStep, State};
+use proxyvpn_dbus::types::{Bootstrap, Check, Circuit, Flow, HealthItem, PlanStep, State};
 use proxyvpn_dbus::{Error, ReasonCode};
 use tokio::sync::{Notify, oneshot, watch};
 
@@ -158,6 +158,10 @@ impl World for Double {
         Facts::default()
     }
 
+    fn bootstrap(&self) -> watch::Receiver<Bootstrap> {
+        watch::channel(Bootstrap::default()).1
+    }
+
     fn inspector(&self) -> impl Inspector + use<> {
         self.clone()
     }
@@ -175,6 +179,14 @@ impl Inspector for Double {
     }
     fn statistics(&self) -> HashMap<String, u64> {
         HashMap::from([("flows-opened".to_owned(), 7)])
+    }
+
+    async fn new_identity(&self) -> Result<(), Failure> {
+        Ok(())
+    }
+
+    async fn circuits(&self) -> Result<Vec<Circuit>, Failure> {
+        Ok(vec![])
     }
 }
 

@@ -2,7 +2,8 @@
 
 use std::collections::HashMap;
 
-use proxyvpn_dbus::types::{Check, Flow, HealthItem, PlanStep};
+use proxyvpn_dbus::types::{Bootstrap, Check, Circuit, Flow, HealthItem, PlanStep};
+use tokio::sync::watch;
 
 use super::{Failure, Phase, Request};
 
@@ -24,6 +25,8 @@ pub trait World {
     async fn lock(&mut self, on: bool) -> Result<Vec<HealthItem>, Failure>;
     /// Takes everything away but the lock; what could not be undone is in the answer, one line each.
     async fn tear_down(&mut self) -> Vec<String>;
+    /// How far Tor is, as it changes; the default without one.
+    fn bootstrap(&self) -> watch::Receiver<Bootstrap>;
     /// What the view shows of the running connection.
     fn facts(&self) -> Facts;
     /// Answers questions beside the states.
@@ -41,6 +44,8 @@ pub struct Facts {
     pub resolvers: Vec<String>,
     /// Whether traffic around the tunnel is blocked.
     pub blocking: bool,
+    /// How the virtual machine runs, `kvm` or `tcg`, and why; empty without one.
+    pub accelerator: (&'static str, String),
 }
 
 /// A change in what runs.
@@ -69,4 +74,8 @@ pub trait Inspector: Clone + Send + 'static {
     fn flows(&self) -> impl Future<Output = Vec<Flow>> + Send;
     /// Counters of the engine.
     fn statistics(&self) -> HashMap<String, u64>;
+    /// Has connections from now on take other ways through the Tor network.
+    fn new_identity(&self) -> impl Future<Output = Result<(), Failure>> + Send;
+    /// The ways through the Tor network.
+    fn circuits(&self) -> impl Future<Output = Result<Vec<Circuit>, Failure>> + Send;
 }

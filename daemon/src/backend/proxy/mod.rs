@@ -10,12 +10,12 @@ use std::pin::pin;
 use std::sync::Arc;
 
 use proxyvpn_dbus::ReasonCode;
-use proxyvpn_dbus::types::HealthItem;
+use proxyvpn_dbus::types::{Bootstrap, HealthItem};
 use proxyvpn_engine::Engine;
 use proxyvpn_engine::config::{Config, Limits};
 use proxyvpn_engine::event::Event;
 use proxyvpn_engine::upstream::{Connector, Upstream};
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
 use tokio::time::Instant;
 use zbus::Connection;
 
@@ -71,6 +71,7 @@ pub struct Proxy {
     locked: bool,
     /// What the profile says.
     killswitch: bool,
+    bootstrap: watch::Sender<Bootstrap>,
 }
 
 impl Proxy {
@@ -100,6 +101,7 @@ impl Proxy {
             applied: false,
             locked: false,
             killswitch: false,
+            bootstrap: watch::Sender::default(),
         }
     }
 
@@ -278,6 +280,9 @@ impl World for Proxy {
             }
             // `bypass` leaves the resolvers as they are: rules and firewall let them through.
             Phase::ConfigureDns => Ok(()),
+            Phase::CreateTap | Phase::LaunchVm | Phase::WaitTap | Phase::ConfigureTap | Phase::WaitBootstrap => {
+                Err(internal("a phase of another backend"))
+            }
             Phase::FlushDns => {
                 caches::flush(&self.bus).await;
                 Ok(())
@@ -476,6 +481,10 @@ impl World for Proxy {
         }
     }
 
+    fn bootstrap(&self) -> watch::Receiver<Bootstrap> {
+        self.bootstrap.subscribe()
+    }
+
     fn facts(&self) -> Facts {
         let desired = self.desired.as_ref().filter(|_| self.applied);
         Facts {
@@ -486,6 +495,7 @@ impl World for Proxy {
                 .unwrap_or_default(),
             resolvers: desired.map(|desired| texts(&desired.exceptions.resolvers)).unwrap_or_default(),
             blocking: desired.is_some_and(|desired| desired.killswitch),
+            accelerator: Default::default(),
         }
     }
 
