@@ -4,6 +4,11 @@ use serde::{Deserialize, Serialize};
 
 /// Name of the file in fw_cfg (`/sys/firmware/qemu_fw_cfg/by_name/NAME/raw`).
 pub const FW_CFG: &str = "opt/org.proxyvpn/config";
+/// Bytes of the longest configuration.
+pub const MAX_CONFIG: usize = 64 * 1024;
+/// The pluggable transports obfs4 and meek_lite in the guest, only in the image's initramfs with transports (`ClientTransportPlugin … exec`).
+/// Tor cannot start it under `Sandbox 1`.
+pub const OBFS4PROXY: &str = "/usr/bin/obfs4proxy";
 
 /// See the module.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]

@@ -8,6 +8,9 @@ pub const SOCKET: &str = "/run/proxyvpn-qemu.sock";
 /// Bytes of the longest message, either way.
 pub const MAX_MESSAGE: usize = 4096;
 
+/// The guest's kernel command line. It is readable by all in the guest: nothing secret belongs there. A panic ends QEMU (`-no-reboot`).
+pub const CMDLINE: &str = "console=ttyS0 quiet loglevel=3 panic=1 random.trust_cpu=off ipv6.disable=1";
+
 /// What comes with a [`Request`], in this order.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Descriptor {
