@@ -17,7 +17,7 @@ use tracing::level_filters::LevelFilter;
 use tracing_subscriber::layer::{Layer as _, SubscriberExt as _};
 use tracing_subscriber::util::SubscriberInitExt as _;
 
-use crate::backend::{self, proxy::Proxy};
+use crate::backend::{self, carrier::Carrier};
 use crate::config::daemon::{self, DaemonConfig};
 use crate::config::store::ProfileStore;
 use crate::config::watch::Watch;
@@ -263,7 +263,7 @@ async fn serve(args: &Args) -> Result<(), Fatal> {
         .await
         .map_err(|error| Fatal(chain(&error)))?;
     let bus = service.connection().clone();
-    let world = Proxy::new(args.state_dir.clone(), settings.queues, settings.limits(), bus, keeping().await);
+    let world = Carrier::new(args.state_dir.clone(), settings.queues, settings.limits(), bus, keeping().await);
 
     let (stop, shutdown) = watch::channel(false);
     let mut left = shutdown.clone();

@@ -7,7 +7,7 @@ use proxyvpn_dbus::types::Flow;
 use proxyvpn_engine::Engine;
 use tokio::sync::RwLock;
 
-/// The engine while it runs, shared with the [`ProxyInspector`].
+/// The engine while it runs, shared with the [`CarrierInspector`].
 #[derive(Debug, Clone, Default)]
 pub(super) struct EngineSlot(Arc<RwLock<Option<Engine>>>);
 

@@ -14,18 +14,18 @@ use crate::net::{Keeping, Network};
 
 /// Looks with a netlink socket of its own.
 #[derive(Debug, Clone)]
-pub struct ProxyInspector {
+pub struct CarrierInspector {
     state_dir: PathBuf,
     engine: EngineSlot,
 }
 
-impl ProxyInspector {
+impl CarrierInspector {
     pub(super) fn new(state_dir: PathBuf, engine: EngineSlot) -> Self {
         Self { state_dir, engine }
     }
 }
 
-impl Inspector for ProxyInspector {
+impl Inspector for CarrierInspector {
     async fn plan(&self, request: &Request) -> Result<Vec<PlanStep>, Failure> {
         let (desired, _) = network::desired(&request.profile)?;
         let network =

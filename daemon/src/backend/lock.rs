@@ -5,8 +5,8 @@ use proxyvpn_dbus::ReasonCode;
 use proxyvpn_dbus::types::HealthItem;
 use zbus::Connection;
 
+use super::carrier::item;
 use super::network;
-use super::proxy::item;
 use crate::machine::Failure;
 use crate::net::lock::{self, State};
 use crate::systemd::{self, LOCK_UNIT};

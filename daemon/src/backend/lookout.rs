@@ -12,7 +12,7 @@ use tokio::time::{Instant, timeout};
 use zbus::message::Type;
 use zbus::{Connection, MatchRule, MessageStream};
 
-use super::proxy::item;
+use super::carrier::item;
 use crate::config::watch::Watch as FileWatch;
 use crate::net::{Cut, Finding, Network, Watch, Way};
 use crate::resolvers::{self, Paths};

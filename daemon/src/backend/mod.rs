@@ -1,6 +1,6 @@
 //! Backends: the effects behind the states.
 //!
-//! - [`proxy`]: TUN device and packet engine
+//! - [`carrier`]: what carries a profile's traffic: device, packet engine, virtual machine
 //! - [`inspect`]: plan, diagnosis, flows and counters, beside the states
 //! - `engine`: the engine while it runs, shared by the two
 //! - `upstream`: from a profile to a connector: look-up, password, the loop that a local proxy would make
@@ -13,13 +13,13 @@
 //! - `checks`: the checks of the diagnosis
 
 mod caches;
+pub mod carrier;
 mod checks;
 mod engine;
 pub mod inspect;
 mod lock;
 mod lookout;
 mod network;
-pub mod proxy;
 mod question;
 mod shortage;
 mod upstream;

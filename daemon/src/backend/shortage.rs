@@ -8,7 +8,7 @@ use proxyvpn_dbus::types::HealthItem;
 use proxyvpn_engine::upstream::Shortage;
 use tokio::time::Instant;
 
-use super::proxy::item;
+use super::carrier::item;
 
 /// How long after the last refusal a shortage is shown.
 const SHOWN: Duration = Duration::from_secs(30);

@@ -7,7 +7,7 @@ use proxyvpn_dbus::types::HealthItem;
 use proxyvpn_engine::upstream::{Shortage, Upstream};
 use tokio::time::Instant;
 
-use super::{Proxy, item};
+use super::{Carrier, item};
 use crate::backend::lookout::Disturbance;
 use crate::backend::network::{self, texts};
 use crate::machine::Failure;
@@ -15,7 +15,7 @@ use crate::net::desired::{Desired, Exceptions};
 use crate::net::{self, Stage};
 use crate::resolvers::{self, Origin, Resolvers};
 
-impl Proxy {
+impl Carrier {
     /// The resolvers that the present profile would let through now; `None` when it names its own, or when no file can be opened.
     pub(super) fn resolvers_now(&self) -> Option<Resolvers> {
         if self.shortages.shows(Shortage::Descriptors) {

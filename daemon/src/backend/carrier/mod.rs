@@ -1,4 +1,4 @@
-//! The proxy backend: TUN device and packet engine.
+//! The world of both backends: the host's network, the upstream and the packet engine.
 //!
 //! - `watching`: what others do to the network meanwhile, and what is done about it
 
@@ -20,7 +20,7 @@ use tokio::time::Instant;
 use zbus::Connection;
 
 use super::engine::EngineSlot;
-use super::inspect::ProxyInspector;
+use super::inspect::CarrierInspector;
 use super::lock;
 use super::lookout::{Disturbance, Lookout};
 use super::network::{self, texts};
@@ -38,7 +38,7 @@ const EVENTS: usize = 16;
 
 /// See the module.
 #[derive(Debug)]
-pub struct Proxy {
+pub struct Carrier {
     state_dir: PathBuf,
     queues: usize,
     limits: Limits,
@@ -74,7 +74,7 @@ pub struct Proxy {
     bootstrap: watch::Sender<Bootstrap>,
 }
 
-impl Proxy {
+impl Carrier {
     /// A backend at rest, whose device will have so many `queues`.
     #[must_use]
     pub fn new(state_dir: PathBuf, queues: usize, limits: Limits, bus: Connection, keeping: Keeping) -> Self {
@@ -257,7 +257,7 @@ impl Proxy {
     }
 }
 
-impl World for Proxy {
+impl World for Carrier {
     async fn phase(&mut self, phase: Phase, request: &Request) -> Result<(), Failure> {
         match phase {
             Phase::CheckPrivileges => self.check_privileges(request).await,
@@ -500,7 +500,7 @@ impl World for Proxy {
     }
 
     fn inspector(&self) -> impl Inspector + use<> {
-        ProxyInspector::new(self.state_dir.clone(), self.engine.clone())
+        CarrierInspector::new(self.state_dir.clone(), self.engine.clone())
     }
 }
 
