@@ -28,11 +28,13 @@ fn wanted(profile: &Profile) -> (Desired, Resolvers) {
         lan: profile.protect.lan.clone(),
         resolvers: resolvers.addresses.clone(),
         users: profile.bypass_users.clone(),
+        services: vec![],
     };
     let desired = Desired {
         tunnel: Some(tunnel(&profile.tun)),
         guarded,
         exceptions,
+        steer_dns: false,
         killswitch: profile.protect.killswitch,
         inbound_replies: profile.protect.inbound_replies,
         locked: Locked::No,
@@ -52,7 +54,7 @@ fn guarded(tun: &TunSpec) -> Vec<IpAddr> {
 
 /// The device that `tun` describes.
 pub(super) fn tunnel(tun: &TunSpec) -> Tunnel {
-    Tunnel { name: tun.name.clone(), v4: tun.cidr, v6: tun.cidr6, mtu: tun.mtu }
+    Tunnel { name: tun.name.clone(), v4: tun.cidr, v6: Some(tun.cidr6), mtu: tun.mtu, gateway: None }
 }
 
 /// The network of `profile` without a way for the traffic. Also for what cannot be connected: it may be wanted all the same.
@@ -67,6 +69,7 @@ pub(super) fn closed() -> Desired {
         tunnel: None,
         guarded: guarded(&TunSpec::default()),
         exceptions: Exceptions::default(),
+        steer_dns: false,
         killswitch: true,
         inbound_replies: true,
         forward: Forward::Block,

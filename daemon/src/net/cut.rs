@@ -8,7 +8,7 @@ use std::net::{IpAddr, SocketAddr};
 use netlink_packet_sock_diag::constants::{IPPROTO_TCP, IPPROTO_UDP, TCP_SYN_SENT};
 use netlink_packet_sock_diag::inet::StateFlags;
 
-use super::desired::{Desired, MARK};
+use super::desired::{Desired, MARK, Tunnel};
 use super::diag::{Found, SockDiag};
 use super::sockets::Inbound;
 
@@ -57,10 +57,7 @@ pub(super) fn possible() -> io::Result<bool> {
 /// What the firewall lets through, and what stays on this machine or in the tunnel.
 fn may_stay(desired: &Desired, own: &HashSet<IpAddr>, protocol: u8, socket: &Found) -> bool {
     let (local, remote) = (socket.local, socket.remote);
-    let tunnelled = desired
-        .tunnel
-        .as_ref()
-        .is_some_and(|tunnel| [IpAddr::V4(tunnel.v4.addr()), IpAddr::V6(tunnel.v6.addr())].contains(&local.ip()));
+    let tunnelled = desired.tunnel.iter().flat_map(Tunnel::addresses).any(|address| address == local.ip());
     let lease = protocol == IPPROTO_UDP && [(68, 67), (546, 547)].contains(&(local.port(), remote.port()));
     tunnelled
         || lease

@@ -1,6 +1,6 @@
 //! The desired state and our names in the kernel.
 
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 
@@ -33,6 +33,8 @@ pub struct Desired {
     pub guarded: Vec<IpAddr>,
     /// What may go around the tunnel.
     pub exceptions: Exceptions,
+    /// UDP to port 53 of any address is steered like TCP, whether there is a tunnel or not. Otherwise it goes to the main table.
+    pub steer_dns: bool,
     /// Block everything else.
     pub killswitch: bool,
     /// Answer connections that began outside the way they came.
@@ -73,17 +75,48 @@ pub enum Locked {
     Idle,
 }
 
-/// The tunnel device.
+/// The tunnel device: a TUN device, or with a gateway a TAP device.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Tunnel {
     /// Name, at most 15 bytes.
     pub name: String,
     /// IPv4 address with prefix.
     pub v4: Ipv4Net,
-    /// IPv6 address with prefix.
-    pub v6: Ipv6Net,
+    /// IPv6 address with prefix. `None`: IPv6 is refused.
+    pub v6: Option<Ipv6Net>,
     /// MTU in bytes.
     pub mtu: u16,
+    /// The router behind the device. `None`: the device itself takes every packet.
+    pub gateway: Option<Gateway>,
+}
+
+impl Tunnel {
+    /// The addresses of the device.
+    pub fn addresses(&self) -> impl Iterator<Item = IpAddr> {
+        [IpAddr::V4(self.v4.addr())].into_iter().chain(self.v6.map(|v6| IpAddr::V6(v6.addr())))
+    }
+}
+
+/// A router behind the tunnel device that is not trusted: nothing that it begins gets in. It takes TCP over IPv4, and DNS.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Gateway {
+    /// Its address, in the network of [`Tunnel::v4`].
+    pub address: Ipv4Addr,
+    /// Its MAC address. Neither side asks for the other's by ARP.
+    pub mac: [u8; 6],
+    /// The device's own MAC address.
+    pub own_mac: [u8; 6],
+    /// A service of the gateway that is not for everybody.
+    pub control: Control,
+}
+
+/// A TCP service of the gateway for one user.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Control {
+    /// Its port.
+    pub port: u16,
+    /// The only local user who may connect, by id.
+    pub user: u32,
 }
 
 /// What may go around the tunnel.
@@ -95,4 +128,7 @@ pub struct Exceptions {
     pub resolvers: Vec<IpAddr>,
     /// Local users, by id.
     pub users: Vec<u32>,
+    /// TCP services of this machine that sockets with our mark may reach: a proxy that runs here. Without a gateway they may
+    /// reach all.
+    pub services: Vec<SocketAddr>,
 }

@@ -310,7 +310,7 @@ mod tests {
         let exceptions = Exceptions {
             lan: vec!["192.168.0.0/16".parse().unwrap(), "fe80::/10".parse().unwrap()],
             resolvers: vec!["192.168.1.1".parse().unwrap(), "9.9.9.9".parse().unwrap()],
-            users: vec![],
+            ..Exceptions::default()
         };
         (observed, routes, Desired { exceptions, ..desired() })
     }

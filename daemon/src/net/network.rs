@@ -179,7 +179,7 @@ impl Network {
 
     /// Ends the connections that went through the device that an earlier process left: nobody knows them any more.
     pub async fn end_tunnelled(&self, tunnel: &Tunnel) {
-        let addresses = [IpAddr::V4(tunnel.v4.addr()), IpAddr::V6(tunnel.v6.addr())];
+        let addresses: Vec<IpAddr> = tunnel.addresses().collect();
         end("of the daemon before", move || cut::of_begun(&addresses)).await;
     }
 
@@ -216,6 +216,7 @@ impl Network {
             tunnel: Some(tunnel.clone()),
             guarded: vec![],
             exceptions: Exceptions::default(),
+            steer_dns: false,
             killswitch: false,
             inbound_replies: false,
             locked: Locked::No,
@@ -238,7 +239,7 @@ impl Network {
             Err(_) => self.queues.forget(),
         }
         match &made {
-            Ok(_) => self.tunnelled.extend([IpAddr::V4(tunnel.v4.addr()), IpAddr::V6(tunnel.v6.addr())]),
+            Ok(_) => self.tunnelled.extend(tunnel.addresses()),
             Err(_) => self.journal.roll_back(before)?,
         }
         made

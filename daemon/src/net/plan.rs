@@ -70,8 +70,8 @@ fn plan_tunnel(observed: &Observed, tunnel: &Tunnel, steps: &mut Vec<Step>) {
         steps.push(Step { action: Action::Set, change: Change::Settings(tunnel.clone()) });
     }
     let mut wanted = vec![IpNet::V4(tunnel.v4)];
-    if has_ipv6(observed, tunnel) {
-        wanted.push(IpNet::V6(tunnel.v6));
+    if let Some(v6) = tunnel.v6.filter(|_| has_ipv6(observed, tunnel)) {
+        wanted.push(IpNet::V6(v6));
     }
     for address in wanted {
         let there =
@@ -82,9 +82,10 @@ fn plan_tunnel(observed: &Observed, tunnel: &Tunnel, steps: &mut Vec<Step>) {
     }
 }
 
-/// Whether the tunnel can carry IPv6. Where the administrator disabled it for new devices, it is refused instead.
+/// Whether the tunnel carries IPv6. Where it has none, or the administrator disabled it for new devices, it is refused instead.
 fn has_ipv6(observed: &Observed, tunnel: &Tunnel) -> bool {
-    observed.link(&tunnel.name).filter(|link| link.ours).map_or(observed.ipv6_for_new, |link| link.ipv6)
+    tunnel.v6.is_some()
+        && observed.link(&tunnel.name).filter(|link| link.ours).map_or(observed.ipv6_for_new, |link| link.ipv6)
 }
 
 /// The routes of our table.
@@ -258,11 +259,13 @@ pub(super) mod tests {
             tunnel: Some(Tunnel {
                 name: "pvpn0".to_owned(),
                 v4: "10.255.255.1/30".parse().unwrap(),
-                v6: "fd70:7670:6e::1/64".parse().unwrap(),
+                v6: Some("fd70:7670:6e::1/64".parse().unwrap()),
                 mtu: 65535,
+                gateway: None,
             }),
             guarded: vec![],
             exceptions: super::super::desired::Exceptions::default(),
+            steer_dns: false,
             killswitch: true,
             inbound_replies: true,
             locked: Locked::No,

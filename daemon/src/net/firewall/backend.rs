@@ -105,12 +105,14 @@ const FRAMES: &str = "frames that bypass the IP layer are not stopped: of packet
 static SAMPLE: LazyLock<Ruleset> = LazyLock::new(|| {
     let v4 = ipnet::Ipv4Net::new_assert([10, 255, 255, 1].into(), 30);
     let v6 = ipnet::Ipv6Net::new_assert([0xfd70, 0x7670, 0x6e, 0, 0, 0, 0, 1].into(), 64);
-    let tunnel = Tunnel { name: "pvpn0".to_owned(), v4, v6, mtu: 1500 };
-    let exceptions = Exceptions { lan: vec![v4.into(), v6.into()], resolvers: vec![v4.addr().into()], users: vec![0] };
+    let tunnel = Tunnel { name: "pvpn0".to_owned(), v4, v6: Some(v6), mtu: 1500, gateway: None };
+    let (lan, resolvers) = (vec![v4.into(), v6.into()], vec![v4.addr().into()]);
+    let exceptions = Exceptions { lan, resolvers, users: vec![0], services: vec![] };
     let desired = Desired {
         tunnel: Some(tunnel),
         guarded: vec![v4.addr().into(), v6.addr().into()],
         exceptions,
+        steer_dns: false,
         killswitch: true,
         inbound_replies: true,
         locked: Locked::Yes,
@@ -397,6 +399,7 @@ mod tests {
             tunnel: tunnel.clone(),
             guarded: vec![],
             exceptions: exceptions.clone(),
+            steer_dns: false,
             killswitch: true,
             inbound_replies: true,
             locked: Locked::No,

@@ -317,13 +317,15 @@ pub(super) mod tests {
         let v4 = ipnet::Ipv4Net::new_assert([10, 255, 255, 1].into(), 30);
         let v6 = ipnet::Ipv6Net::new_assert([0xfd70, 0x7670, 0x6e, 0, 0, 0, 0, 1].into(), 64);
         Desired {
-            tunnel: Some(Tunnel { name: "pvpn0".to_owned(), v4, v6, mtu: 1500 }),
+            tunnel: Some(Tunnel { name: "pvpn0".to_owned(), v4, v6: Some(v6), mtu: 1500, gateway: None }),
             guarded: vec![v4.addr().into(), v6.addr().into()],
             exceptions: Exceptions {
                 lan: vec![IpNet::new_assert([192, 168, 7, 9].into(), 24), IpNet::new_assert(v6.addr().into(), 64)],
                 resolvers: vec![[9, 9, 9, 9].into()],
                 users: vec![13],
+                services: vec![],
             },
+            steer_dns: false,
             killswitch: true,
             inbound_replies: true,
             locked: Locked::No,

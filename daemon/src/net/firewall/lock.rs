@@ -54,6 +54,7 @@ fn open(sessions: &[Rule]) -> Vec<Rule> {
         tunnel: None,
         guarded: vec![],
         exceptions: Exceptions::default(),
+        steer_dns: false,
         killswitch: true,
         inbound_replies: true,
         locked: Locked::No,
