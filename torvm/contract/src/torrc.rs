@@ -1,28 +1,127 @@
 //! Tor's configuration, from fields that each were checked. No text of the configuration reaches it by another way.
 
-use std::fmt::Write as _;
+use std::fmt::{self, Write as _};
 
-use crate::config::GuestConfig;
+use crate::config::node::Node;
+use crate::config::proxy::{Kind, Proxy};
+use crate::config::{Entry, GuestConfig, OBFS4PROXY, TorSettings};
 use crate::link::{CONTROL_PORT, DNS_PORT, GUEST, ONION_NETWORK, SOCKS_PORT, TRANS_PORT};
+
+/// Where the guest has the countries of addresses, IPv4 and IPv6. Only read when the profile names a country.
+pub const GEOIP: [&str; 2] = ["/usr/share/tor/geoip", "/usr/share/tor/geoip6"];
 
 /// Writes it. `state`: Tor's directory.
 #[must_use]
 pub fn render(config: &GuestConfig, state: &str) -> String {
+    let mut torrc = Torrc(String::new());
     let (network, prefix) = ONION_NETWORK;
-    let mut torrc = format!(
-        "DataDirectory {state}\n\
-         SocksPort {GUEST}:{SOCKS_PORT} IsolateSOCKSAuth IsolateDestAddr\n\
-         TransPort {GUEST}:{TRANS_PORT}\n\
-         DNSPort {GUEST}:{DNS_PORT}\n\
-         ControlPort {GUEST}:{CONTROL_PORT}\n\
-         AutomapHostsOnResolve 1\n\
-         VirtualAddrNetworkIPv4 {network}/{prefix}\n\
-         ClientRejectInternalAddresses 1\n\
-         ClientOnly 1\n\
-         Log notice stdout\n\
-         AvoidDiskWrites 1\n"
-    );
-    // A String takes everything.
-    let _ = writeln!(torrc, "HashedControlPassword {}", config.control_password.as_ref());
-    torrc
+    torrc.set("DataDirectory", state);
+    torrc.set("SocksPort", format_args!("{GUEST}:{SOCKS_PORT} IsolateSOCKSAuth IsolateDestAddr"));
+    torrc.set("TransPort", format_args!("{GUEST}:{TRANS_PORT}"));
+    torrc.set("DNSPort", format_args!("{GUEST}:{DNS_PORT}"));
+    torrc.set("ControlPort", format_args!("{GUEST}:{CONTROL_PORT}"));
+    torrc.set("HashedControlPassword", config.control_password.as_ref());
+    torrc.set("AutomapHostsOnResolve", 1);
+    torrc.set("VirtualAddrNetworkIPv4", format_args!("{network}/{prefix}"));
+    torrc.set("ClientRejectInternalAddresses", 1);
+    torrc.set("ClientOnly", 1);
+    // The way out carries IPv4 alone.
+    torrc.set("ClientUseIPv6", 0);
+    torrc.set("AvoidDiskWrites", 1);
+    // Without this, a Tor that slept when the machine was switched off would sleep on, and never get to 100 %.
+    torrc.set("DormantCanceledByStartup", 1);
+    torrc.set("SafeLogging", 1);
+    torrc.set("Log", format_args!("{} stdout", config.tor.log));
+    tor(&mut torrc, &config.tor);
+    if let Some(proxy) = &config.proxy {
+        via(&mut torrc, proxy);
+    }
+    torrc.0
 }
+
+struct Torrc(String);
+
+impl Torrc {
+    fn set(&mut self, key: &str, value: impl fmt::Display) {
+        // A String takes everything.
+        let _ = writeln!(self.0, "{key} {value}");
+    }
+}
+
+fn tor(torrc: &mut Torrc, tor: &TorSettings) {
+    let mut plugins: Vec<&str> = tor.bridges().iter().filter_map(|bridge| bridge.transport().plugin()).collect();
+    plugins.sort_unstable();
+    plugins.dedup();
+    if plugins.is_empty() {
+        torrc.set("NoExec", 1);
+    } else {
+        torrc.set("ClientTransportPlugin", format_args!("{} exec {OBFS4PROXY}", plugins.join(",")));
+    }
+    let mut lists = vec![
+        ("ExitNodes", &tor.exit_nodes),
+        ("ExcludeNodes", &tor.exclude_nodes),
+        ("ExcludeExitNodes", &tor.exclude_exit_nodes),
+    ];
+    match &tor.entry {
+        Entry::Any => {}
+        Entry::Nodes(nodes) => lists.push(("EntryNodes", nodes)),
+        Entry::Bridges(bridges) => {
+            torrc.set("UseBridges", 1);
+            bridges.iter().for_each(|bridge| torrc.set("Bridge", bridge));
+        }
+    }
+    for (key, nodes) in &lists {
+        if !nodes.is_empty() {
+            torrc.set(key, nodes.iter().map(Node::to_string).collect::<Vec<_>>().join(","));
+        }
+    }
+    if tor.strict_nodes {
+        torrc.set("StrictNodes", 1);
+    }
+    if lists.iter().any(|(_, nodes)| nodes.iter().any(|node| matches!(node, Node::Country(_)))) {
+        torrc.set("GeoIPFile", GEOIP[0]);
+        torrc.set("GeoIPv6File", GEOIP[1]);
+    }
+    if let Some(network) = &tor.network {
+        if network.testing {
+            torrc.set("TestingTorNetwork", 1);
+        }
+        network.authorities.iter().for_each(|authority| torrc.set("DirAuthority", authority));
+    }
+}
+
+fn via(torrc: &mut Torrc, proxy: &Proxy) {
+    let login = proxy.login.as_ref().map(|login| (login.user.as_ref(), login.password.expose()));
+    match proxy.kind {
+        Kind::Https => {
+            torrc.set("HTTPSProxy", proxy.address);
+            if let Some((user, password)) = login {
+                torrc.set("HTTPSProxyAuthenticator", Quoted(&[user, ":", password]));
+            }
+        }
+        Kind::Socks5 => {
+            torrc.set("Socks5Proxy", proxy.address);
+            if let Some((user, password)) = login {
+                torrc.set("Socks5ProxyUsername", Quoted(&[user]));
+                torrc.set("Socks5ProxyPassword", Quoted(&[password]));
+            }
+        }
+    }
+}
+
+/// Free text in Tor's quotes, every byte that could mean something to its parser as `\xHH`.
+struct Quoted<'a>(&'a [&'a str]);
+
+impl fmt::Display for Quoted<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_char('"')?;
+        for byte in self.0.iter().flat_map(|part| part.bytes()) {
+            if byte.is_ascii_alphanumeric() { f.write_char(char::from(byte))? } else { write!(f, "\\x{byte:02x}")? }
+        }
+        f.write_char('"')
+    }
+}
+
+#[cfg(test)]
+#[path = "torrc_tests.rs"]
+mod tests;
