@@ -1,5 +1,6 @@
 //! What the engine is told.
 
+use std::net::Ipv4Addr;
 use std::sync::Arc;
 
 use crate::owner::Owners;
@@ -8,7 +9,7 @@ use crate::upstream::Connector;
 /// Settings of an [`Engine`](crate::Engine).
 #[derive(Debug, Clone)]
 pub struct Config {
-    /// MTU of the device, 1280 to 65535 bytes.
+    /// MTU of the device, 1280 to 65535 bytes, without an Ethernet header.
     pub mtu: u16,
     /// Bounds on what the engine may use.
     pub limits: Limits,
@@ -16,6 +17,19 @@ pub struct Config {
     pub connector: Arc<Connector>,
     /// Tells whose a connection is, so that what is scarce is shared between users; without it, between hosts.
     pub owners: Option<Arc<dyn Owners>>,
+}
+
+/// The two ends of a virtual machine's link: who may send, and whom it finds there.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Link {
+    /// The guest's address, the only one that it may send from.
+    pub guest: Ipv4Addr,
+    /// The engine's address, for nothing else than to be asked for by ARP (RFC 826).
+    pub gateway: Ipv4Addr,
+    /// MAC address of the guest's device.
+    pub guest_mac: [u8; 6],
+    /// MAC address that the engine answers by.
+    pub gateway_mac: [u8; 6],
 }
 
 /// Bounds of all shards together; what goes over one is refused with a RST and counted. Once more than half of `flows` or `pending` is in

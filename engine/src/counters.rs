@@ -67,6 +67,9 @@ counters! {
     flows_refused_memory: "flows-refused-memory",
     /// SYNs answered with a RST because one of the two bounds is more than half used and who asks has the share that is left.
     flows_refused_fair: "flows-refused-fair",
+    /// SYNs answered with a RST because nobody may be connected to that destination: see
+    /// [`Connector`](crate::upstream::Connector). The upstream was not asked.
+    flows_refused_forbidden: "flows-refused-forbidden",
     /// SYNs answered with a RST because no local port towards the upstream was free.
     flows_refused_no_port: "flows-refused-no-port",
     /// SYNs answered with a RST because this process could not open a socket for another reason.
@@ -87,6 +90,8 @@ counters! {
     segments_handed_over: "segments-handed-over",
     /// Repeated SYNs of a flow that still waits for the upstream.
     syn_repeated: "syn-repeated",
+    /// ARP requests of a guest for its gateway, answered.
+    arp_answered: "arp-answered",
     /// UDP packets answered with port-unreachable.
     udp_unreachable: "udp-unreachable",
     /// UDP packets dropped without an answer because of the rate limit.
@@ -95,6 +100,16 @@ counters! {
     drop_malformed: "drop-malformed",
     /// Packets with a wrong checksum.
     drop_checksum: "drop-checksum",
+    /// Frames of a guest's link that are not from its MAC address to its gateway's.
+    drop_mac: "drop-mac",
+    /// Frames of a guest's link that are neither IP nor ARP.
+    drop_ethertype: "drop-ethertype",
+    /// ARP of a guest that does not ask for its gateway on its own behalf.
+    drop_arp: "drop-arp",
+    /// IPv6 of a guest, whose link carries none.
+    drop_ipv6: "drop-ipv6",
+    /// Packets of a guest from another address than its own.
+    drop_source: "drop-source",
     /// Fragments.
     drop_fragment: "drop-fragment",
     /// Packets to groups or to everyone.
@@ -122,7 +137,7 @@ mod tests {
         b.drop_fragment.increment();
         let sum = Counters::sum([&a, &b].into_iter());
         assert!(sum.contains(&("drop-fragment", 3)));
-        assert!(sum.iter().all(|(name, _)| name.bytes().all(|byte| byte.is_ascii_lowercase() || byte == b'-')));
+        assert!(sum.iter().all(|(name, _)| name.bytes().all(|byte| matches!(byte, b'a'..=b'z' | b'0'..=b'9' | b'-'))));
         let names: std::collections::BTreeSet<_> = sum.iter().map(|(name, _)| name).collect();
         assert_eq!(names.len(), sum.len());
     }

@@ -1,24 +1,30 @@
 //! The device seam: frames in and out, and smoltcp's view of them.
 //!
-//! A frame is an IP packet behind a fixed number of bytes ([`Framing`]): the virtio-net header of a TUN queue, or nothing.
+//! A frame is an IP packet behind a fixed number of bytes ([`Framing`]): the virtio-net header of a TUN queue, the Ethernet header of a
+//! guest's link, or nothing.
 
 use std::collections::VecDeque;
 use std::io;
 use std::net::IpAddr;
 use std::num::NonZeroUsize;
+use std::os::fd::AsRawFd;
 use std::sync::Arc;
 
 use smoltcp::phy::{self, Checksum, DeviceCapabilities, Medium, PacketMeta, SegmentationCapabilities};
 use smoltcp::time::Instant;
+use tokio::io::unix::AsyncFd;
 
+use crate::config::Link;
 use crate::counters::Counters;
 use crate::packet::checksum::Sum;
+use crate::packet::ethernet;
+use crate::packet::parse::Drop as Reason;
 use crate::packet::vnet::{self, TcpOffload};
 
 /// The largest IP packet, and the largest super-segment.
 pub(crate) const MAX_PACKET: usize = 65_535;
 /// Room for the longest prefix and packet.
-pub(crate) const MAX_FRAME: usize = vnet::LENGTH + MAX_PACKET;
+pub(crate) const MAX_FRAME: usize = ethernet::LENGTH + MAX_PACKET;
 
 const TCP: u8 = 6;
 
@@ -29,6 +35,17 @@ pub(crate) enum Framing {
     Vnet,
     /// Nothing: packets are complete and fit the MTU.
     Bare,
+    /// An Ethernet header between the two ends of a link; packets as with [`Bare`](Self::Bare), IPv4 only.
+    Ethernet(Link),
+}
+
+/// What a frame holds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Content<'a> {
+    /// A packet, and whether its checksum needs no verifying.
+    Packet(&'a [u8], bool),
+    /// A question that the answer to is known already.
+    WhoHasGateway(Link),
 }
 
 impl Framing {
@@ -37,14 +54,25 @@ impl Framing {
         match self {
             Self::Vnet => vnet::LENGTH,
             Self::Bare => 0,
+            Self::Ethernet(_) => ethernet::LENGTH,
         }
     }
 
-    /// Takes a frame apart: whether its checksum needs no verifying, and the packet. `None` when it is too short.
-    pub(crate) fn split(self, frame: &[u8]) -> Option<(bool, &[u8])> {
+    /// Takes a frame apart.
+    ///
+    /// # Errors
+    /// Why it is dropped: too short, or from or to somebody who has no business on the link.
+    pub(crate) fn split(self, frame: &[u8]) -> Result<Content<'_>, Reason> {
         match self {
-            Self::Vnet => frame.split_first_chunk().map(|(header, packet)| (vnet::is_vouched_for(header), packet)),
-            Self::Bare => Some((false, frame)),
+            Self::Vnet => {
+                let (header, packet) = frame.split_first_chunk().ok_or(Reason::Malformed)?;
+                Ok(Content::Packet(packet, vnet::is_vouched_for(header)))
+            }
+            Self::Bare => Ok(Content::Packet(frame, false)),
+            Self::Ethernet(link) => Ok(match ethernet::parse(&link, frame)? {
+                ethernet::Frame::Ipv4(packet) => Content::Packet(packet, false),
+                ethernet::Frame::WhoHasGateway => Content::WhoHasGateway(link),
+            }),
         }
     }
 
@@ -86,6 +114,18 @@ pub(crate) trait Queue {
     /// # Errors
     /// `WouldBlock` when it cannot take one now; anything else as the device says.
     fn write(&self, frame: &[u8]) -> io::Result<()>;
+}
+
+/// A queue that an event loop can wait for.
+pub(crate) trait Watched: Queue + AsRawFd + Send + Sized + 'static {
+    /// Makes the queue non-blocking and registers it with the current runtime, for errors too.
+    ///
+    /// # Errors
+    /// fcntl(2)'s and epoll_ctl(2)'s.
+    fn watch(&self) -> io::Result<AsyncFd<Self>>;
+
+    /// Why there will be no more frames, if the device is gone.
+    fn lost(&self) -> Option<io::Error>;
 }
 
 /// The sending side of a queue. Frames that it cannot take at once wait here, because a segment lost on the way to the kernel
@@ -138,8 +178,16 @@ impl<Q: Queue> Sender<Q> {
         let prefix = self.framing.prefix();
         let mut frame = vec![0; prefix + packet.len()];
         frame[prefix..].copy_from_slice(packet);
+        if let Framing::Ethernet(link) = &self.framing {
+            frame[..prefix].copy_from_slice(&ethernet::header(link));
+        }
+        self.send_whole(frame.into());
+    }
+
+    /// Sends a complete frame.
+    pub(crate) fn send_whole(&mut self, frame: Box<[u8]>) {
         if self.is_blocked() || !self.write(&frame) {
-            self.waiting.push_back(frame.into_boxed_slice());
+            self.waiting.push_back(frame);
         }
     }
 
@@ -175,7 +223,9 @@ impl<Q: Queue> Sender<Q> {
 
 /// True for the errors of a queue whose device is gone, as against one that is down or refuses one packet.
 pub(crate) fn is_lost(error: &io::Error) -> bool {
-    matches!(error.raw_os_error(), Some(libc::EBADFD | libc::EFAULT | libc::ENODEV | libc::ENXIO | libc::EBADF))
+    let Some(code) = error.raw_os_error() else { return false };
+    let tun = matches!(code, libc::EBADFD | libc::EFAULT | libc::ENODEV | libc::ENXIO | libc::EBADF);
+    tun || matches!(code, libc::EPIPE | libc::ECONNRESET | libc::ENOTCONN)
 }
 
 /// smoltcp's view: at most one packet to take in, and a [`Sender`].
@@ -246,9 +296,11 @@ impl<Q: Queue> phy::TxToken for Transmit<'_, Q> {
             self.sender.frame = vec![0; end].into_boxed_slice();
         }
         let result = f(&mut self.sender.frame[prefix..end]);
-        if framing == Framing::Vnet {
-            let (header, packet) = self.sender.frame[..end].split_at_mut(prefix);
-            header.copy_from_slice(&offload(packet, self.segment, self.mss6));
+        let (header, packet) = self.sender.frame[..end].split_at_mut(prefix);
+        match &framing {
+            Framing::Vnet => header.copy_from_slice(&offload(packet, self.segment, self.mss6)),
+            Framing::Bare => {}
+            Framing::Ethernet(link) => header.copy_from_slice(&ethernet::header(link)),
         }
         self.sender.send_frame(end);
         result

@@ -1,4 +1,4 @@
-//! The engine as its controller sees it: threads, one per queue.
+//! The engine as its controller sees it: threads, one per queue of a TUN device, or one for a virtual machine's link.
 
 use std::collections::hash_map::RandomState;
 use std::hash::BuildHasher;
@@ -13,9 +13,9 @@ use tokio::io::unix::AsyncFd;
 use tokio::runtime::{Builder, Runtime};
 use tokio::sync::{mpsc, oneshot};
 
-use crate::config::{Config, Limits};
+use crate::config::{Config, Limits, Link};
 use crate::counters::Counters;
-use crate::device::{Framing, Sender};
+use crate::device::{Framing, Sender, Watched};
 use crate::event::{Event, FlowInfo};
 use crate::health::Health;
 use crate::owner::Owners;
@@ -23,7 +23,7 @@ use crate::shard::admission::{Admission, Totals};
 use crate::shard::core::{Dial, Parts, Shard};
 use crate::shard::peers::{Peers, Stray};
 use crate::shard::run::{Inputs, Request, run};
-use crate::sys::TunQueue;
+use crate::sys::{LinkQueue, TunQueue};
 
 /// The most flows that [`Engine::flows`] tells.
 const MAX_LISTED: usize = 10_000;
@@ -57,8 +57,11 @@ pub enum StartError {
     /// A descriptor is something else than a TUN queue.
     #[error("not a queue of a TUN device")]
     NotTun(#[source] io::Error),
+    /// The descriptor is something else than one end of a link.
+    #[error("not a link to a virtual machine")]
+    NotLink(#[source] io::Error),
     /// No event loop for a queue (out of descriptors).
-    #[error("cannot watch a queue of the TUN device")]
+    #[error("cannot watch the packet engine's device")]
     Watch(#[source] io::Error),
     /// No thread for a queue.
     #[error("cannot start a thread for the packet engine")]
@@ -86,14 +89,51 @@ impl Engine {
     /// # Errors
     /// See [`StartError`].
     pub fn start(queues: Vec<OwnedFd>, config: Config, events: mpsc::Sender<Event>) -> Result<Self, StartError> {
+        let opened = |fd| {
+            let fd = Arc::new(fd);
+            let queue = TunQueue::new(Arc::clone(&fd));
+            let framing = queue.framing().map_err(StartError::NotTun)?;
+            Ok((fd, queue, framing))
+        };
+        let queues = queues.into_iter().map(opened).collect::<Result<Vec<_>, _>>()?;
+        if queues.is_empty() {
+            return Err(StartError::NoQueue);
+        }
+        Self::launch(queues, config, &events)
+    }
+
+    /// Starts the engine as a virtual machine's only way out: one thread behind its link.
+    ///
+    /// `link` is one end of a `socketpair(AF_UNIX, SOCK_SEQPACKET)`, whose other end is QEMU's `-netdev dgram`: a packet is an Ethernet
+    /// frame, whole and with its checksums. It is made non-blocking. The guest is taken for hostile: only IPv4 from `ends.guest` is
+    /// taken in, and only ARP's question for `ends.gateway` answered. What it may connect to is what `config.connector` allows:
+    /// see [`Connector::refused`](crate::upstream::Connector::refused). Connections that another engine had on this link get a RST.
+    ///
+    /// [`Event::DeviceLost`] tells that the other end was closed.
+    ///
+    /// # Errors
+    /// See [`StartError`].
+    pub fn start_link(
+        link: OwnedFd,
+        ends: Link,
+        config: Config,
+        events: mpsc::Sender<Event>,
+    ) -> Result<Self, StartError> {
+        let fd = Arc::new(link);
+        let queue = LinkQueue::new(Arc::clone(&fd)).map_err(StartError::NotLink)?;
+        Self::launch(vec![(fd, queue, Framing::Ethernet(ends))], config, &events)
+    }
+
+    fn launch<Q: Watched>(
+        queues: Vec<(Arc<OwnedFd>, Q, Framing)>,
+        config: Config,
+        events: &mpsc::Sender<Event>,
+    ) -> Result<Self, StartError> {
         let connector = Arc::clone(&config.connector);
         let dial: Dial = Arc::new(move |target| {
             let connector = Arc::clone(&connector);
             Box::pin(async move { connector.connect(&target).await })
         });
-        if queues.is_empty() {
-            return Err(StartError::NoQueue);
-        }
         if config.mtu < MIN_MTU {
             return Err(StartError::Mtu(config.mtu));
         }
@@ -171,24 +211,17 @@ struct Setup {
 }
 
 impl Setup {
-    fn spawn(self, queue: OwnedFd) -> Result<Handle, StartError> {
-        let queue = Arc::new(queue);
-        let tun = TunQueue::new(Arc::clone(&queue));
-        let flags = tun.flags().map_err(StartError::NotTun)?;
-        if flags & libc::IFF_TUN == 0 {
-            return Err(StartError::NotTun(io::Error::from_raw_os_error(libc::EINVAL)));
-        }
-        let framing = if flags & libc::IFF_VNET_HDR == 0 { Framing::Bare } else { Framing::Vnet };
+    fn spawn<Q: Watched>(self, (fd, queue, framing): (Arc<OwnedFd>, Q, Framing)) -> Result<Handle, StartError> {
         let runtime = Builder::new_current_thread().enable_all().build().map_err(StartError::Watch)?;
         let watched = {
             let _context = runtime.enter();
-            tun.watch().map_err(StartError::Watch)?
+            queue.watch().map_err(StartError::Watch)?
         };
         let counters = Arc::<Counters>::default();
         let (requests, requested) = mpsc::channel(4);
         let (ending, ended) = oneshot::channel();
         let (starting, started) = std::sync::mpsc::sync_channel(1);
-        let sender = Sender::new(tun, framing, Arc::clone(&counters));
+        let sender = Sender::new(queue, framing, Arc::clone(&counters));
         let shard_counters = Arc::clone(&counters);
         let name = format!("engine-{}", self.number.0);
         let main = move || {
@@ -206,18 +239,18 @@ impl Setup {
         };
         let thread = std::thread::Builder::new().name(name).spawn(main).map_err(StartError::Thread)?;
         match started.recv() {
-            Ok(Ok(())) => Ok(Handle { queue, counters, requests, ended, thread }),
+            Ok(Ok(())) => Ok(Handle { queue: fd, counters, requests, ended, thread }),
             Ok(Err(error)) => Err(error),
             Err(_) => Err(StartError::Thread(io::Error::other("the thread ended at once"))),
         }
     }
 
-    fn main(
+    fn main<Q: Watched>(
         self,
         runtime: &Runtime,
-        sender: Sender<TunQueue>,
+        sender: Sender<Q>,
         counters: Arc<Counters>,
-        queue: AsyncFd<TunQueue>,
+        queue: AsyncFd<Q>,
         requests: mpsc::Receiver<Request>,
         starting: &std::sync::mpsc::SyncSender<Result<(), StartError>>,
     ) {
@@ -249,3 +282,6 @@ impl Setup {
         runtime.block_on(run(shard, inputs));
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -7,7 +7,8 @@ use crate::upstream::{ConnectError, Shortage};
 /// Something that the controller must act on. Events are coalesced: a flood of failures is one event.
 #[derive(Debug)]
 pub enum Event {
-    /// The device can no longer be read or written (`EBADFD`: it was deleted).
+    /// The device can no longer be read or written (`EBADFD`: it was deleted; `UnexpectedEof`: the
+    /// virtual machine closed its end of the link).
     DeviceLost(std::io::Error),
     /// Attempts to reach the upstream itself (not a destination behind it) failed several times in a row and none succeeded.
     UpstreamFailing(ConnectError),

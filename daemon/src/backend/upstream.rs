@@ -28,8 +28,13 @@ pub(super) async fn connector(request: &Request, resolvers: &[IpAddr], own: &[Ip
         Scheme::Direct => Upstream::Direct,
         Scheme::Http => Upstream::HttpConnect(http_proxy(request, resolvers, own).await?),
     };
-    let refused = own.iter().map(|address| (*address).into()).collect();
-    Ok(Connector { upstream, mark: Some(MARK), timeout: CONNECT_TIMEOUT, refused })
+    let refused = match upstream {
+        Upstream::Direct => own.iter().map(|address| (*address).into()).collect(),
+        // What goes to this machine never comes into the device. What was its address when it connected may be a server's by now, that
+        // only the proxy reaches.
+        Upstream::HttpConnect(_) => Vec::new(),
+    };
+    Ok(Connector { upstream, mark: Some(MARK), timeout: CONNECT_TIMEOUT, refused, only: None })
 }
 
 async fn http_proxy(request: &Request, resolvers: &[IpAddr], own: &[IpAddr]) -> Result<HttpProxy, Failure> {

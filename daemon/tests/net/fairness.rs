@@ -72,7 +72,8 @@ fn fifty_thousand_syns_of_one_user_do_not_keep_another_out() {
         credentials: None,
         exhausted: Exhausted::default(),
     });
-    let connector = Connector { upstream, mark: Some(MARK), timeout: Duration::from_secs(60), refused: vec![] };
+    let connector =
+        Connector { upstream, mark: Some(MARK), timeout: Duration::from_secs(60), refused: vec![], only: None };
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
     let engine = world.host.run_async(async || {
         let (mut network, desired) = (open(&world.state).await, desired());

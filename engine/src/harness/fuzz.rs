@@ -7,7 +7,7 @@ use tokio::runtime::Runtime;
 use tokio::task::yield_now;
 
 use crate::config::Limits;
-use crate::device::{Framing, MAX_FRAME};
+use crate::device::{Content, Framing, MAX_FRAME};
 use crate::packet::checksum::Sum;
 use crate::packet::icmp::port_unreachable;
 use crate::packet::parse::{self, Packet, Segment};
@@ -22,7 +22,7 @@ thread_local! {
 pub fn parse(bytes: &[u8]) {
     let Some((choice, frame)) = bytes.split_first() else { return };
     let framing = if choice & 1 == 0 { Framing::Bare } else { Framing::Vnet };
-    let Some((vouched_for, packet)) = framing.split(frame) else { return };
+    let Ok(Content::Packet(packet, vouched_for)) = framing.split(frame) else { return };
     let mut packet = packet.to_vec();
     if choice & 2 == 0 {
         fix_header(&mut packet);

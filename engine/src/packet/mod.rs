@@ -2,10 +2,12 @@
 //!
 //! - [`parse`]: sorts a packet
 //! - [`checksum`]: the Internet checksum
+//! - [`ethernet`]: a guest's frames
 //! - [`icmp`]: port-unreachable answers
 //! - [`vnet`]: the virtio-net header of a TUN queue
 
 pub(crate) mod checksum;
+pub(crate) mod ethernet;
 pub(crate) mod icmp;
 pub(crate) mod parse;
 pub(crate) mod vnet;

@@ -148,6 +148,16 @@ pub(crate) enum Drop {
     Address,
     /// Neither TCP nor UDP, or behind an IPv6 extension header.
     NotTcp,
+    /// A guest's frame under a MAC address that it does not have, or to somebody else than its gateway.
+    Mac,
+    /// A guest's frame that is neither IP nor ARP.
+    EtherType,
+    /// A guest's ARP, other than the one question that is answered.
+    Arp,
+    /// A guest's IPv6.
+    Ipv6,
+    /// A guest's packet from an address that it does not have.
+    Source,
 }
 
 /// Sorts `packet`. Its transport checksum is verified unless it is `vouched_for`.

@@ -19,10 +19,11 @@ use super::peers::{HandedOver, Peers, Stray};
 use super::ready::{FlowWaker, Ready};
 use crate::config::Limits;
 use crate::counters::Counters;
-use crate::device::{Port, Queue, Sender};
+use crate::device::{Content, Port, Queue, Sender};
 use crate::event::FlowInfo;
 use crate::flow::{Flow, Pending, Stage, state_name};
 use crate::health::Health;
+use crate::packet::ethernet::gateway_is_at;
 use crate::packet::icmp::port_unreachable;
 use crate::packet::parse::{self, Drop as Reason, Packet, RST, SYN, Segment};
 use crate::relay::{End, Pumped, Relay};
@@ -162,9 +163,17 @@ impl<Q: Queue> Shard<Q> {
 
     /// Takes in one frame of the device's.
     pub(crate) fn frame(&mut self, now: Instant, frame: &[u8]) {
-        let Some((vouched_for, packet)) = self.sender.framing().split(frame) else {
-            self.counters.drop_malformed.increment();
-            return;
+        let (packet, vouched_for) = match self.sender.framing().split(frame) {
+            Ok(Content::Packet(packet, vouched_for)) => (packet, vouched_for),
+            Ok(Content::WhoHasGateway(link)) => {
+                self.counters.arp_answered.increment();
+                self.sender.send_whole(Box::new(gateway_is_at(&link)));
+                return;
+            }
+            Err(reason) => {
+                self.dropped(reason).increment();
+                return;
+            }
         };
         self.counters.packets_in.increment();
         self.counters.bytes_in.add(packet.len() as u64);
@@ -190,6 +199,11 @@ impl<Q: Queue> Shard<Q> {
             Reason::Multicast => &self.counters.drop_multicast,
             Reason::Address => &self.counters.drop_address,
             Reason::NotTcp => &self.counters.drop_not_tcp,
+            Reason::Mac => &self.counters.drop_mac,
+            Reason::EtherType => &self.counters.drop_ethertype,
+            Reason::Arp => &self.counters.drop_arp,
+            Reason::Ipv6 => &self.counters.drop_ipv6,
+            Reason::Source => &self.counters.drop_source,
         }
     }
 
@@ -331,6 +345,7 @@ impl<Q: Queue> Shard<Q> {
         match error {
             error if error.shortage() == Some(Shortage::Ports) => &self.counters.flows_refused_no_port,
             ConnectError::Local { .. } => &self.counters.flows_refused_no_socket,
+            ConnectError::Forbidden(_) => &self.counters.flows_refused_forbidden,
             _ => &self.counters.flows_refused,
         }
     }

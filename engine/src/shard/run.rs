@@ -15,9 +15,8 @@ use tokio::sync::oneshot;
 
 use super::core::{Outcome, Shard};
 use super::peers::Stray;
-use crate::device::{MAX_FRAME, Queue, is_lost};
+use crate::device::{MAX_FRAME, Watched};
 use crate::event::{Event, FlowInfo};
-use crate::sys::TunQueue;
 use crate::table::FlowId;
 
 /// Packets, and outcomes of attempts, that are taken in before the flows get their turn.
@@ -33,9 +32,9 @@ pub(crate) enum Request {
 }
 
 /// What a shard listens to.
-pub(crate) struct Inputs {
+pub(crate) struct Inputs<Q: Watched> {
     /// The queue that the shard's sender writes to.
-    pub(crate) queue: AsyncFd<TunQueue>,
+    pub(crate) queue: AsyncFd<Q>,
     /// The controller; closed means stop.
     pub(crate) requests: Receiver<Request>,
     /// Outcomes of the shard's attempts.
@@ -55,12 +54,12 @@ enum End {
 }
 
 /// Runs `shard` until it is told to stop. A lost device is told once; then only requests are answered.
-pub(crate) async fn run(mut shard: Shard<TunQueue>, mut inputs: Inputs) {
+pub(crate) async fn run<Q: Watched>(mut shard: Shard<Q>, mut inputs: Inputs<Q>) {
     let clock = Clock::new();
     let end = tokio::task::coop::unconstrained(turns(&mut shard, &mut inputs, &clock)).await;
     shard.abort_all(clock.now());
     let End::DeviceLost(error) = end else { return };
-    tracing::warn!(error = &error as &dyn std::error::Error, "the TUN device is lost");
+    tracing::warn!(error = &error as &dyn std::error::Error, "the device of the packet engine is lost");
     let mut event = Some(Event::DeviceLost(error));
     loop {
         tokio::select! {
@@ -78,7 +77,7 @@ pub(crate) async fn run(mut shard: Shard<TunQueue>, mut inputs: Inputs) {
     }
 }
 
-async fn turns(shard: &mut Shard<TunQueue>, inputs: &mut Inputs, clock: &Clock) -> End {
+async fn turns<Q: Watched>(shard: &mut Shard<Q>, inputs: &mut Inputs<Q>, clock: &Clock) -> End {
     let mut frame = vec![0; MAX_FRAME];
     let mut alarm = Alarm::new(clock);
     let Inputs { queue, requests, outcomes, strays, number, .. } = inputs;
@@ -125,7 +124,7 @@ async fn turns(shard: &mut Shard<TunQueue>, inputs: &mut Inputs, clock: &Clock) 
 }
 
 /// True when nothing waits to be sent; else the loop is woken when that may have changed.
-fn unblocked(shard: &mut Shard<TunQueue>, queue: &AsyncFd<TunQueue>, context: &mut Context<'_>) -> bool {
+fn unblocked<Q: Watched>(shard: &mut Shard<Q>, queue: &AsyncFd<Q>, context: &mut Context<'_>) -> bool {
     if !shard.sender.is_blocked() {
         return true;
     }
@@ -141,9 +140,9 @@ fn unblocked(shard: &mut Shard<TunQueue>, queue: &AsyncFd<TunQueue>, context: &m
 }
 
 /// Takes in a batch; true when there may be more.
-fn take_frames(
-    shard: &mut Shard<TunQueue>,
-    queue: &AsyncFd<TunQueue>,
+fn take_frames<Q: Watched>(
+    shard: &mut Shard<Q>,
+    queue: &AsyncFd<Q>,
     context: &mut Context<'_>,
     now: Instant,
     frame: &mut [u8],
@@ -169,8 +168,8 @@ fn take_frames(
 }
 
 /// Takes in a batch; true when there may be more.
-fn take_outcomes(
-    shard: &mut Shard<TunQueue>,
+fn take_outcomes<Q: Watched>(
+    shard: &mut Shard<Q>,
     outcomes: &mut UnboundedReceiver<(FlowId, Outcome)>,
     context: &mut Context<'_>,
     now: Instant,
@@ -183,8 +182,8 @@ fn take_outcomes(
 }
 
 /// Takes in a batch; true when there may be more.
-fn take_strays(
-    shard: &mut Shard<TunQueue>,
+fn take_strays<Q: Watched>(
+    shard: &mut Shard<Q>,
     strays: &mut Receiver<Stray>,
     context: &mut Context<'_>,
     now: Instant,
@@ -196,16 +195,16 @@ fn take_strays(
     true
 }
 
-/// Waits until the device is deleted. The kernel says so with an error condition that read readiness does not show.
-async fn gone(queue: &AsyncFd<TunQueue>) -> io::Error {
+/// Waits until the device is gone. The kernel says so with an error condition that read readiness does not show.
+async fn gone<Q: Watched>(queue: &AsyncFd<Q>) -> io::Error {
     loop {
         let mut guard = match queue.ready(Interest::ERROR).await {
             Ok(guard) => guard,
             Err(error) => return error,
         };
-        match queue.get_ref().flags() {
-            Err(error) if is_lost(&error) => return error,
-            _ => guard.clear_ready(),
+        match queue.get_ref().lost() {
+            Some(error) => return error,
+            None => guard.clear_ready(),
         }
     }
 }

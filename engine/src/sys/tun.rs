@@ -4,10 +4,10 @@ use std::io;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::sync::Arc;
 
-use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 
-use crate::device::Queue;
+use super::watch;
+use crate::device::{Framing, Queue, Watched, is_lost};
 
 /// A descriptor of `/dev/net/tun`, kept open by every clone. There is no way to put another descriptor in.
 #[derive(Debug, Clone)]
@@ -19,11 +19,23 @@ impl TunQueue {
         Self(fd)
     }
 
+    /// What stands in front of its packets.
+    ///
+    /// # Errors
+    /// As [`flags`](Self::flags); `EINVAL` for a queue of a TAP device.
+    pub(crate) fn framing(&self) -> io::Result<Framing> {
+        let flags = self.flags()?;
+        if flags & libc::IFF_TUN == 0 {
+            return Err(io::Error::from_raw_os_error(libc::EINVAL));
+        }
+        Ok(if flags & libc::IFF_VNET_HDR == 0 { Framing::Bare } else { Framing::Vnet })
+    }
+
     /// The `IFF_*` flags that the queue was opened with (`TUNGETIFF`, linux/if_tun.h).
     ///
     /// # Errors
     /// `ENOTTY` or `EBADFD` when this is not a TUN queue, or not any more.
-    pub(crate) fn flags(&self) -> io::Result<i32> {
+    fn flags(&self) -> io::Result<i32> {
         // SAFETY: `ifreq` is plain old data; all-zero bytes are a valid value.
         let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
         // SAFETY: the descriptor is open while `self` lives, and TUNGETIFF writes one `ifreq` to the pointer.
@@ -34,19 +46,6 @@ impl TunQueue {
         // SAFETY: TUNGETIFF sets the flags member of the union; every bit pattern is a valid integer.
         let flags = unsafe { request.ifr_ifru.ifru_flags };
         Ok(i32::from(flags))
-    }
-
-    /// Makes the queue non-blocking and registers it with the current runtime, for errors too.
-    ///
-    /// # Errors
-    /// fcntl(2)'s and epoll_ctl(2)'s.
-    pub(crate) fn watch(&self) -> io::Result<AsyncFd<Self>> {
-        let status = rustix::fs::fcntl_getfl(&self.0)?;
-        rustix::fs::fcntl_setfl(&self.0, status | rustix::fs::OFlags::NONBLOCK)?;
-        let interest = Interest::READABLE | Interest::WRITABLE | Interest::ERROR;
-        // SAFETY: the clone keeps the descriptor open while the `AsyncFd` lives, and always is the same descriptor: nothing
-        // changes what the `Arc` holds.
-        Ok(unsafe { AsyncFd::register_with_interest(self.clone(), interest) }?)
     }
 }
 
@@ -65,5 +64,16 @@ impl Queue for TunQueue {
         // A TUN queue takes a frame whole or not at all.
         rustix::io::write(&self.0, frame)?;
         Ok(())
+    }
+}
+
+impl Watched for TunQueue {
+    fn watch(&self) -> io::Result<AsyncFd<Self>> {
+        // SAFETY: the clone keeps the descriptor open, and nothing changes what the `Arc` holds.
+        unsafe { watch(self.clone(), &self.0) }
+    }
+
+    fn lost(&self) -> Option<io::Error> {
+        self.flags().err().filter(is_lost)
     }
 }

@@ -2,6 +2,7 @@
 //!
 //! - [`packets`]: packets of a program
 //! - [`queue`]: the plain device; around it [`faults`] (loss, order, damage) and [`pcap`] (a record)
+//! - [`link`]: frames of a guest
 //! - [`upstream`]: attempts that the test answers, and far ends of tunnels
 //! - [`bench`]: a shard between such doubles
 //! - [`client`]: a complete TCP stack at the other end of the device
@@ -16,6 +17,7 @@
 mod bench;
 mod client;
 mod faults;
+mod link;
 mod packets;
 mod pcap;
 mod program;
@@ -27,6 +29,7 @@ pub(crate) mod world;
 pub(crate) use bench::{Bench, LIMITS};
 pub(crate) use client::Client;
 pub(crate) use faults::{Faults, Rates};
+pub(crate) use link::{LINK, guest, guest_ipv4, to_guest, who_has};
 pub(crate) use packets::{Packets, Sent, complete, fix_header, read_tcp};
 pub(crate) use pcap::{Pcap, TestClock};
 pub(crate) use queue::Double;

@@ -8,6 +8,7 @@ use smoltcp::wire::{
     TcpSeqNumber,
 };
 
+use super::to_guest;
 use crate::device::Framing;
 use crate::packet::checksum::Sum;
 use crate::packet::parse::{ACK, FIN, RST, SYN, Tuple};
@@ -142,7 +143,10 @@ pub(crate) fn read_tcp(packet: &[u8]) -> Sent {
 /// What the kernel makes of a frame of ours: the packet, its checksum complete. A super-segment stays whole, after a look at
 /// how it is to be cut; `mss` is the largest payload that may go uncut.
 pub(crate) fn complete(framing: Framing, frame: &[u8], mss: usize) -> Result<Vec<u8>, String> {
-    let (header, packet) = frame.split_at(framing.prefix());
+    let (header, packet) = match framing {
+        Framing::Ethernet(_) => (&[][..], to_guest(frame)?),
+        _ => frame.split_at(framing.prefix()),
+    };
     let mut packet = packet.to_vec();
     let payload = || {
         let ip_header = if packet[0] >> 4 == 6 { 40 } else { usize::from(packet[0] & 15) * 4 };

@@ -15,7 +15,7 @@ use super::upstream::{Far, pair};
 use super::{Bench, Double, Packets, complete, fix_header, read_tcp};
 use crate::config::Limits;
 use crate::counters::Counters;
-use crate::device::{Framing, Queue};
+use crate::device::{Content, Framing, Queue};
 use crate::packet::parse::{self, Packet};
 use crate::shard::core::Outcome;
 use crate::upstream::{ConnectError, Target};
@@ -289,8 +289,8 @@ impl World {
     fn put(&mut self, frame: Vec<u8>) {
         self.seen.frames += 1;
         match self.framing.split(&frame) {
-            None => self.seen.short += 1,
-            Some((vouched_for, packet)) => {
+            Err(_) | Ok(Content::WhoHasGateway(_)) => self.seen.short += 1,
+            Ok(Content::Packet(packet, vouched_for)) => {
                 let is_tcp = matches!(parse::parse(packet, vouched_for), Ok(Packet::Tcp(_)));
                 self.seen.tcp += u64::from(is_tcp);
             }

@@ -2,7 +2,7 @@
 
 use std::io;
 use std::mem::MaybeUninit;
-use std::net::{IpAddr, SocketAddr};
+use std::net::SocketAddr;
 use std::pin::Pin;
 use std::task::{Poll, ready};
 use std::time::Duration;
@@ -25,6 +25,7 @@ impl Connector {
     /// # Errors
     /// See [`ConnectError`]. Dropping the future closes the socket.
     pub async fn connect(&self, target: &Target) -> Result<Tunnel, ConnectError> {
+        self.permits(target)?;
         match &self.upstream {
             Upstream::Direct => self.direct(target).await,
             Upstream::HttpConnect(proxy) => self.through(proxy, target).await,
@@ -41,26 +42,12 @@ impl Connector {
                 });
             }
         };
-        if self.forbids(address.ip()) {
-            return Err(ConnectError::Forbidden(address.ip()));
-        }
         match timeout_at(Instant::now() + self.timeout, socket::open(address, self.mark)).await {
             Ok(Ok(stream)) => Ok(Tunnel { stream, early: Vec::new() }),
             Ok(Err(OpenError::Local(source))) => Err(ConnectError::Local { upstream: address.to_string(), source }),
             Ok(Err(OpenError::Remote(source))) => Err(ConnectError::Direct { target: address.to_string(), source }),
             Err(_) => Err(ConnectError::Direct { target: address.to_string(), source: late(self.timeout) }),
         }
-    }
-
-    /// True for what a direct connection must not reach: this machine, groups, and the `refused` networks.
-    fn forbids(&self, ip: IpAddr) -> bool {
-        // ::ffff:127.0.0.1 is 127.0.0.1 to the kernel.
-        let plain = ip.to_canonical();
-        plain.is_unspecified()
-            || plain.is_loopback()
-            || plain.is_multicast()
-            || matches!(plain, IpAddr::V4(v4) if v4.is_broadcast())
-            || self.refused.iter().any(|net| net.contains(&plain) || net.contains(&ip))
     }
 
     async fn through(&self, proxy: &HttpProxy, target: &Target) -> Result<Tunnel, ConnectError> {

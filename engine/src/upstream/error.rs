@@ -82,7 +82,7 @@ pub enum ConnectError {
         /// Why.
         source: io::Error,
     },
-    /// The address is one that must not be connected to directly.
+    /// The address is one that must not be connected to: see [`Connector::refused`](super::Connector::refused).
     #[error("{0} is not reachable through the tunnel")]
     Forbidden(IpAddr),
     /// The name cannot be passed on.

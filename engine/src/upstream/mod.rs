@@ -7,6 +7,7 @@
 //! - `error`: [`ConnectError`], [`Shortage`]
 //! - `exhausted`: addresses for which no port is left
 //! - `http`: request and answer of CONNECT as bytes, no I/O
+//! - `policy`: who may not be connected to; [`NOT_FOR_GUESTS`]
 //! - `ports`: a window of local ports for each socket
 //! - `socket`: sockets and their options, racing several addresses
 //! - `sys`: a socket option that no crate has
@@ -18,6 +19,7 @@ mod exhausted;
 #[cfg(feature = "harness")]
 pub(crate) mod harness;
 mod http;
+mod policy;
 mod ports;
 mod probe;
 mod socket;
@@ -33,6 +35,7 @@ use tokio::net::TcpStream;
 pub use credentials::{Credentials, CredentialsError};
 pub use error::{AuthenticationFault, ConnectError, Shortage};
 pub use exhausted::Exhausted;
+pub use policy::NOT_FOR_GUESTS;
 pub(crate) use socket::{UNSENT, keep_alive, limit_unsent};
 
 /// What carries the connections.
@@ -75,8 +78,11 @@ pub struct Connector {
     pub mark: Option<u32>,
     /// Bound on TCP connect plus handshake.
     pub timeout: Duration,
-    /// Addresses that must never be connected to directly, whatever asks for them (checked by `Direct`).
+    /// Networks that nobody may be connected to, whatever the upstream: a proxy is not even asked. This machine itself, groups and
+    /// broadcast always are. For a guest: this machine's addresses and, unless `only` says who is left, [`NOT_FOR_GUESTS`].
     pub refused: Vec<ipnet::IpNet>,
+    /// If given, nobody else may be connected to, and no name. What is [`refused`](Self::refused) stays so.
+    pub only: Option<Vec<SocketAddr>>,
 }
 
 /// An established tunnel.

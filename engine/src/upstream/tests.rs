@@ -73,6 +73,7 @@ fn through(addresses: &[SocketAddr], credentials: Option<(&str, &str)>) -> Conne
         mark: None,
         timeout: BOUND,
         refused: Vec::new(),
+        only: None,
     }
 }
 
@@ -369,6 +370,7 @@ async fn direct_reaches_no_forbidden_address() {
         mark: None,
         timeout: BOUND,
         refused: vec!["192.0.2.0/24".parse().unwrap(), "2001:db8::/32".parse().unwrap()],
+        only: None,
     };
     connector.probe().await.unwrap();
     for ip in [

@@ -165,6 +165,7 @@ impl Lab {
                 mark: Some(MARK),
                 timeout: Duration::from_secs(10),
                 refused: Vec::new(),
+                only: None,
             };
             let config = Config { mtu, limits, connector: Arc::new(connector), owners: None };
             let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();

@@ -5,6 +5,7 @@
 mod bounds;
 mod ends;
 mod hostile;
+mod link;
 mod lossy;
 mod memory;
 mod models;

@@ -1,0 +1,84 @@
+//! Who may not be connected to, whatever the upstream.
+
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+
+use ipnet::IpNet;
+
+use super::http::excerpt;
+use super::{ConnectError, Connector, Target};
+
+/// Networks that a guest has no business in: all that is not the public Internet, above all this machine and what is near it
+/// (the special-purpose registries of IANA, RFC 6890), and IPv6 networks that stand for IPv4 addresses.
+pub const NOT_FOR_GUESTS: [IpNet; 28] = [
+    // This network; loopback
+    v4([0, 0, 0, 0], 8),
+    v4([127, 0, 0, 0], 8),
+    // Private (RFC 1918), shared by a provider's customers (RFC 6598), link-local (clouds' metadata services)
+    v4([10, 0, 0, 0], 8),
+    v4([172, 16, 0, 0], 12),
+    v4([192, 168, 0, 0], 16),
+    v4([100, 64, 0, 0], 10),
+    v4([169, 254, 0, 0], 16),
+    // Protocol assignments; benchmarks, where local programs like to put addresses of their own
+    v4([192, 0, 0, 0], 24),
+    v4([198, 18, 0, 0], 15),
+    // Groups; reserved; everybody
+    v4([224, 0, 0, 0], 4),
+    v4([240, 0, 0, 0], 4),
+    v4([255, 255, 255, 255], 32),
+    // Unspecified; loopback
+    v6([0, 0, 0, 0, 0, 0, 0, 0], 128),
+    v6([0, 0, 0, 0, 0, 0, 0, 1], 128),
+    // IPv4 inside: compatible, mapped, translated (SIIT, NAT64 twice), Teredo, 6to4
+    v6([0, 0, 0, 0, 0, 0, 0, 0], 96),
+    v6([0, 0, 0, 0, 0, 0xffff, 0, 0], 96),
+    v6([0, 0, 0, 0, 0xffff, 0, 0, 0], 96),
+    v6([0x64, 0xff9b, 0, 0, 0, 0, 0, 0], 96),
+    v6([0x64, 0xff9b, 1, 0, 0, 0, 0, 0], 48),
+    v6([0x2001, 0, 0, 0, 0, 0, 0, 0], 32),
+    v6([0x2002, 0, 0, 0, 0, 0, 0, 0], 16),
+    // To be discarded; benchmarks; segment routing inside a domain
+    v6([0x100, 0, 0, 0, 0, 0, 0, 0], 64),
+    v6([0x2001, 2, 0, 0, 0, 0, 0, 0], 48),
+    v6([0x5f00, 0, 0, 0, 0, 0, 0, 0], 16),
+    // Private (RFC 4193), link-local, site-local, groups
+    v6([0xfc00, 0, 0, 0, 0, 0, 0, 0], 7),
+    v6([0xfe80, 0, 0, 0, 0, 0, 0, 0], 10),
+    v6([0xfec0, 0, 0, 0, 0, 0, 0, 0], 10),
+    v6([0xff00, 0, 0, 0, 0, 0, 0, 0], 8),
+];
+
+const fn v4([a, b, c, d]: [u8; 4], prefix: u8) -> IpNet {
+    IpNet::new_assert(IpAddr::V4(Ipv4Addr::new(a, b, c, d)), prefix)
+}
+
+const fn v6([a, b, c, d, e, f, g, h]: [u16; 8], prefix: u8) -> IpNet {
+    IpNet::new_assert(IpAddr::V6(Ipv6Addr::new(a, b, c, d, e, f, g, h)), prefix)
+}
+
+impl Connector {
+    /// May somebody be connected to `target`?
+    ///
+    /// # Errors
+    /// [`ConnectError::Forbidden`], or [`ConnectError::Name`] for a name where only certain addresses may be reached.
+    pub(super) fn permits(&self, target: &Target) -> Result<(), ConnectError> {
+        let address = match target {
+            Target::Address(address) => address,
+            // What it stands for only the upstream knows.
+            Target::Name(name, _) if self.only.is_some() => {
+                let problem = "only certain addresses may be reached, and no names";
+                return Err(ConnectError::Name { name: excerpt(name.as_bytes()), problem });
+            }
+            Target::Name(..) => return Ok(()),
+        };
+        // ::ffff:127.0.0.1 is 127.0.0.1 to the kernel.
+        let (ip, plain) = (address.ip(), address.ip().to_canonical());
+        let nobody = plain.is_unspecified()
+            || plain.is_loopback()
+            || plain.is_multicast()
+            || matches!(plain, IpAddr::V4(v4) if v4.is_broadcast());
+        let refused = self.refused.iter().any(|net| net.contains(&plain) || net.contains(&ip));
+        let wanted = self.only.as_ref().is_none_or(|only| only.contains(address));
+        if nobody || refused || !wanted { Err(ConnectError::Forbidden(ip)) } else { Ok(()) }
+    }
+}
