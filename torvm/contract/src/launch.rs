@@ -1,12 +1,26 @@
 //! The message by which the daemon has QEMU started: one packet on a `SOCK_SEQPACKET` socket, with descriptors (`SCM_RIGHTS`). Nothing
 //! in it is a path or a command line.
 
+use std::ops::RangeInclusive;
+
 use serde::{Deserialize, Serialize};
 
 /// Where the launcher listens.
 pub const SOCKET: &str = "/run/proxyvpn-qemu.sock";
 /// Bytes of the longest message, either way.
 pub const MAX_MESSAGE: usize = 4096;
+/// How long the launcher waits for the [`Request`], in milliseconds.
+pub const REQUEST_MS: u64 = 5_000;
+/// The guest's memory in MiB.
+pub const MEMORY_MIB: RangeInclusive<u32> = 128..=4096;
+/// Bytes of the state disk, exactly.
+pub const STATE_SIZE: u64 = 64 << 20;
+/// Bytes of the largest kernel.
+pub const MAX_KERNEL: u64 = 64 << 20;
+/// Bytes of the largest initramfs.
+pub const MAX_INITRAMFS: u64 = 256 << 20;
+/// Bytes of the longest configuration.
+pub const MAX_CONFIG: u64 = 64 << 10;
 
 /// The guest's kernel command line. It is readable by all in the guest: nothing secret belongs there. A panic ends QEMU (`-no-reboot`).
 pub const CMDLINE: &str = "console=ttyS0 quiet loglevel=3 panic=1 random.trust_cpu=off ipv6.disable=1";
@@ -16,19 +30,20 @@ pub const CMDLINE: &str = "console=ttyS0 quiet loglevel=3 panic=1 random.trust_c
 pub enum Descriptor {
     /// Queue of the TAP device, with virtio headers.
     Tap,
-    /// One end of a `SOCK_SEQPACKET` socket pair: Ethernet frames to the packet engine.
+    /// One end of a `SOCK_SEQPACKET` socket pair: Ethernet frames to the packet engine, without virtio headers.
     Link,
-    /// One end of a stream socket pair: QMP.
+    /// One end of a stream socket pair: QMP. The greeting comes once, at the start; who takes the other end over later gets none and is
+    /// still in command mode.
     Qmp,
     /// One end of a stream socket pair: the [`channel`](crate::channel).
     Channel,
-    /// The kernel, read-only, readable by anybody.
+    /// The kernel, a file that is opened read-only and readable by anybody.
     Kernel,
-    /// The initramfs, read-only, readable by anybody.
+    /// The initramfs, likewise.
     Initramfs,
-    /// The state disk, read-write.
+    /// The state disk, a file of [`STATE_SIZE`] bytes that is opened read-write.
     State,
-    /// The guest's configuration (a memfd): [`GuestConfig`](crate::config::GuestConfig) as JSON.
+    /// The guest's configuration, a memfd that is readable by anybody: [`GuestConfig`](crate::config::GuestConfig) as JSON.
     Config,
 }
 
@@ -54,7 +69,7 @@ pub enum Accelerator {
 pub struct Request {
     /// How instructions are run.
     pub accelerator: Accelerator,
-    /// The guest's memory in MiB, 128 to 4096.
+    /// The guest's memory in MiB, in [`MEMORY_MIB`].
     pub memory_mib: u32,
 }
 
