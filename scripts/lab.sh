@@ -6,7 +6,8 @@
 #   net  everything else: router, squid with a password (3128), tinyproxy without (8888), web servers (80, 443), dnsmasq (53), sshd
 #        (22), an echo server (7) and a sniffer on the wire between the two
 #
-#   lab.sh up [--stage DIR]         start it (about 2 s); DIR is a tree made by `install.sh --destdir`
+#   lab.sh up [--stage DIR] [--tor] start it (about 2 s); DIR is a tree made by `install.sh --destdir`; --tor: with a private Tor network
+#                                     in net (tests/torvm/tornet.py), which takes 10 s more
 #   lab.sh exec app|net[:USER] CMD  run a command in it
 #   lab.sh daemon [--root] [ARG...] start proxyvpnd in app as its own user with nothing but CAP_NET_ADMIN (or as root); waits for READY
 #                                     --no-capability: without even that; --again: as after a crash, with what it left: the runtime
@@ -24,6 +25,7 @@
 
 export PVLAB_ID=${PVLAB_ID:-main} # the machines inside need it too
 LAB=/tmp/pvlab-$PVLAB_ID
+LAB_TOR_CACHE=${PROXYVPN_TOR_CACHE:-/var/cache/proxyvpn-test/tornet} # its keys, which are made once
 LAB_PYTHON=/usr/bin/python3; [ -x "$LAB_PYTHON" ] || LAB_PYTHON=$(command -v python3)
 # Addresses: documentation ranges (RFC 5737, RFC 3849).
 # shellcheck disable=SC2034  # some are for those who source this
@@ -105,9 +107,10 @@ make_secrets() {
 }
 
 lab_up() {
-  local stage=
+  local stage='' tor=''
   while [ $# -gt 0 ]; do case $1 in
     --stage) stage=$(readlink -f "$2"); shift 2 ;;
+    --tor) tor=1; shift ;;
     *) die "up: unknown argument '$1'" ;;
   esac; done
   need_root
@@ -116,6 +119,7 @@ lab_up() {
     stage=$LAB/stage; mkdir -p "$stage"/usr/{share/dbus-1,share/polkit-1,libexec}
   elif [ -x "$stage/usr/bin/proxyctl" ]; then cp "$stage/usr/bin/proxyctl" "$LAB/bin/"; fi
   echo "$stage" >"$LAB/stage.path"
+  [ -z "$tor" ] || mkdir "$LAB/tor"
   # the machines outlive a lab.sh that is only a command; whoever sources this has a trap
   start_net
   start_machine app "$ROOT/scripts/private-bus.sh" --user alice --user mallory "$stage" "$ROOT/scripts/lab.sh" inside-app
@@ -125,6 +129,12 @@ lab_up() {
   # made when the wire has carrier; it must not come between two state texts
   link_local() { [ -n "$(nsenter -t "$(lab_pid app)" -n ip -6 addr show dev eth0 scope link)" ]; }
   wait_for 5 link_local || die "eth0 has no link-local address"
+  [ -z "$tor" ] || await_tor
+}
+await_tor() {
+  over() { [ -e "$LAB/tor/network.json" ] || ! lab_exec net kill -0 "$(cat "$LAB/services/tornet.pid")" 2>/dev/null; }
+  wait_for 120 over || true
+  [ -e "$LAB/tor/network.json" ] || die "no Tor network: $(tail -n 5 "$LAB/logs/tornet.log")"
 }
 lab_folder() {
   [ ! -e "$LAB/net.outer" ] || lab_down
@@ -228,6 +238,7 @@ CONF
     --listen-address="$LAB_DNS" --bind-interfaces --user=root --log-queries --log-facility=- --local=/test/ --pid-file=
   sshd_config net; as_daemon sshd "$(command -v sshd)" -D -e -f "$LAB/sshd_net.conf"
   as_daemon web "$LAB_PYTHON" "$ROOT/scripts/lab-web.py" "$LAB/web.pem" "$LAB/web.key" "$LAB/www"
+  [ ! -d "$LAB/tor" ] || as_daemon tornet "$LAB_PYTHON" -B "$ROOT/tests/torvm/tornet.py" "$LAB_TOR_CACHE" "$LAB/tor" "$LAB_WEB" "$LAB_DNS"
   up() { listening 22 53 80 443 3128 8888 7 && [ -s "$LAB/wire.pcap" ]; }
   wait_for 15 up || { echo "not all servers listen:"; ss -Htln; tail -n 5 "$LAB"/logs/*.log; : >"$LAB/net.failed"; exit 1; }
   : >"$LAB/net.ready"
@@ -262,6 +273,10 @@ RULES
   install -d -m 700 -o proxyvpn -g proxyvpn "$LAB/lib"
   install -m 600 -o alice "$LAB/ssh_user" "$LAB/home/alice/key"
   install -m 600 -o alice "$LAB/password" "$LAB/home/alice/password"
+  if [ -x "$(lab_bin -qemu)" ]; then # as the socket unit does it
+    useradd --system --no-create-home --shell /usr/sbin/nologin proxyvpn-qemu
+    as_daemon qemu "$(lab_bin -qemu)" --listen /run/proxyvpn-qemu.sock --owner proxyvpn --user proxyvpn-qemu
+  fi
   mkdir -p /run/sshd; unlocked_root; sshd_config app; as_daemon sshd-app "$(command -v sshd)" -D -e -f "$LAB/sshd_app.conf"
   up() { listening 22; }
   wait_for 10 up || { : >"$LAB/app.failed"; exit 1; }
@@ -296,7 +311,7 @@ lab_as_proxyvpn() {
   local only=$1
   AS=(setpriv --reuid proxyvpn --regid proxyvpn --clear-groups --no-new-privs --inh-caps="$only" --ambient-caps="$only" --bounding-set="$only")
 }
-lab_bin() { echo "$(cat "$LAB/stage.path")/usr/libexec/proxyvpn/proxyvpnd"; }
+lab_bin() { echo "$(cat "$LAB/stage.path")/usr/libexec/proxyvpn/proxyvpn${1:-d}"; } # of the stage: proxyvpnd, or another program
 lab_daemon() {
   local owner=proxyvpn again='' under=()
   lab_as_proxyvpn "-all,+net_admin"

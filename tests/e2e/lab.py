@@ -75,8 +75,8 @@ class Lab:
             raise Failed(f"lab.sh {' '.join(args)}: {(done.stdout + done.stderr)[-1500:]}")
         return done.stdout
 
-    def up(self):
-        self.script("up", "--stage", self.stage)
+    def up(self, *options, timeout=60):
+        self.script("up", "--stage", self.stage, *options, timeout=timeout)
         for machine in "app", "net":
             with open(f"{self.dir}/{machine}.pid", encoding="ascii") as file:
                 self.pids[machine] = file.read().strip()

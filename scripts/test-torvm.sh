@@ -1,0 +1,32 @@
+#!/bin/bash
+# test-torvm.sh: the TorVM backend against a private Tor network: the real image in QEMU, everything in network namespaces of its own; the
+# machine's own network is not touched.
+#   --only TEXT    tests whose name holds TEXT
+#   --list         the tests
+#   --bin-dir DIR  test these programs instead of building them
+#   --image DIR    boot this image instead of building one
+set -uo pipefail
+# shellcheck source=scripts/common.sh
+. "$(dirname "$0")/common.sh"
+arguments=() bin='' image=''
+while [ $# -gt 0 ]; do case $1 in
+  --bin-dir) bin=${2:-}; shift 2 || die "--bin-dir needs a folder" ;;
+  --image) image=${2:-}; shift 2 || die "--image needs a folder" ;;
+  --only) arguments+=(--only "${2:-}"); shift 2 || die "--only needs a text" ;;
+  --list) exec /usr/bin/python3 "$ROOT/tests/torvm/run.py" --list ;;
+  *) sed -n '2,/^set/{s/^# \{0,1\}//p}' "$0"; exit 2 ;;
+esac; done
+need_root
+for tool in qemu-system-x86_64 tor tor-gencert obfs4proxy tcpdump squid dnsmasq dig debugfs; do
+  command -v "$tool" >/dev/null || { skipped "torvm" "$tool is not installed (scripts/setup.sh)"; summary; exit 0; }
+done
+mkdir -p "$LOGS"
+if [ -z "$bin" ]; then
+  if ! build_release >"$LOGS/release-build.log" 2>&1; then failed "release build"; tail -n 40 "$LOGS/release-build.log"; summary; exit 1; fi
+  bin=$(target_dir)/release
+fi
+if [ -z "$image" ]; then
+  image=$(target_dir)/torvm-image
+  if ! "$ROOT/scripts/build-torvm-image.sh" --transports --out "$image" >"$LOGS/torvm-image.log" 2>&1; then failed "image"; tail -n 40 "$LOGS/torvm-image.log"; summary; exit 1; fi
+fi
+exec /usr/bin/python3 "$ROOT/tests/torvm/run.py" --logs "$LOGS/torvm" --bin-dir "$bin" --image "$image" "${arguments[@]}"

@@ -1,0 +1,41 @@
+"""What the other tests stand on: the private Tor network works, and the sniffer sees what goes around it."""
+
+import contextlib
+import subprocess
+
+from lab import PYTHON, WEB, expect, test, until
+from torlab import native_client
+
+
+@contextlib.contextmanager
+def native(lab, *torrc):
+    directory = f"{lab.dir}/home/alice/tor"
+    lab.alice("rm", "-rf", directory)
+    with lab.background("app", "alice", *native_client(lab, directory, *torrc), "--Log", f"notice file {directory}/log", stdout=subprocess.DEVNULL):
+        until(60, lambda: "Bootstrapped 100%" in lab.alice("cat", f"{directory}/log", check=False).stdout,
+              lambda: f"a native client does not get to 100 %:\n{lab.alice('tail', f'{directory}/log', check=False).stdout}")
+        yield "--socks5-hostname", "127.0.0.1:9150"
+
+
+@test("a native client reaches a page by an exit and an onion service, and talks to relays only", daemon=None)
+def native_tor(lab):
+    with lab.only_to(), native(lab) as socks:
+        lab.fetch_by_exit("http://web.lab.test/", *socks)
+        until(30, lambda: "hello from" in lab.fetch(f"http://{lab.tor['onion']}/", *socks, check=False).stdout, "the onion service does not answer")
+
+
+@test("a native client with the bridge talks to the bridge only", daemon=None)
+def native_bridge(lab):
+    bridge = ["UseBridges 1", f"Bridge {lab.tor['bridge_line']}", "ClientTransportPlugin obfs4 exec /usr/bin/obfs4proxy"]
+    with lab.only_to(lab.tor["bridge"]), native(lab, *bridge) as socks:
+        lab.fetch_by_exit("http://web.lab.test/", *socks)
+
+
+@test("anti-test: without a connection the sniffer sees what goes around Tor, TCP, UDP and DNS", daemon=None)
+def detector(lab):
+    before = len(lab.around(lab.relays))
+    expect(lab.client_of("http://web.lab.test/") == "192.0.2.2", "the server does not see the machine itself")
+    lab.app(PYTHON, "-c", f"import socket; socket.socket(socket.AF_INET, socket.SOCK_DGRAM).sendto(b'x', ('{WEB}', 9999))")
+    seen = "\n".join(until(5, lambda: lab.around(lab.relays)[before:], "the sniffer sees nothing"))
+    for what in f"> {WEB}.80: Flags [S]", f"> {WEB}.9999: UDP", ".53: ":
+        until(5, lambda: what in "\n".join(lab.around(lab.relays)[before:]), lambda: f"the sniffer does not see '{what}':\n{seen}")

@@ -1,0 +1,120 @@
+"""The lab with a private Tor network, and the TorVM backend on the machine under test."""
+
+import contextlib
+import json
+import os
+import re
+import socket
+import time
+
+from lab import APP4, APP6, PROXY, WEB, Failed, Lab, expect, until
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+PROFILE = "tor"
+NEIGHBOUR = "192.0.2.3"  # on the machine's local network
+GUEST, HOST = "10.10.10.1", "10.10.10.2"
+SOCKS, CONTROL = 9050, 9051
+# of a boot under TCG on a busy machine
+CONNECT_SECONDS = 90
+
+
+class TorLab(Lab):
+    def __init__(self, name, stage, image):
+        super().__init__(name, stage)
+        self.image, self.tor = image, {}
+
+    def up(self):
+        super().up("--tor", timeout=180)
+        with open(f"{self.dir}/tor/network.json", encoding="ascii") as file:
+            self.tor = json.load(file)
+        self.net("ip", "addr", "add", f"{NEIGHBOUR}/24", "dev", "wan0")
+        self.profile()
+
+    @property
+    def relays(self):
+        return self.tor["exits"] + self.tor["relays"]
+
+    # ---- the daemon
+
+    def daemon(self, *args, image=None):
+        return super().daemon(*args, "--torvm-image", image or self.image)
+
+    def profile(self, upstream="direct://", **keys):
+        """Writes the approved profile. `keys` are those of [torvm], with _ for -."""
+        keys = {"memory_mib": 128, "accel": "tcg", "testing": True, "directory_authorities": self.tor["authorities"], **keys}
+        lines = ['backend = "torvm"', "[upstream]", f"url = {json.dumps(upstream)}", "[torvm]"]
+        lines += [f"{name.replace('_', '-')} = {json.dumps(value)}" for name, value in keys.items()]
+        self.app("tee", f"/etc/proxyvpn/profiles.d/{PROFILE}.toml", data="\n".join([*lines, ""]))
+
+    def connect_tor(self, *args, **options):
+        return self.proxyctl("connect", PROFILE, *args, **{"timeout": CONNECT_SECONDS, **options})
+
+    def await_state(self, *wanted, seconds=CONNECT_SECONDS):
+        state = None
+
+        def there():
+            nonlocal state
+            state = self.status()["state"]
+            return state in wanted
+
+        until(seconds, there, lambda: f"the state is {state}, not {' or '.join(wanted)}, after {seconds} s: {self.status()}")
+
+    def qemu(self):
+        """QEMU's number outside of the machine; None when there is none."""
+        mine = os.stat(f"/proc/{self.pids['app']}/ns/pid").st_ino
+        for name in os.listdir("/proc"):
+            with contextlib.suppress(OSError):
+                if name.isdigit() and os.stat(f"/proc/{name}/ns/pid").st_ino == mine:
+                    with open(f"/proc/{name}/cmdline", "rb") as file:
+                        if b"/qemu-system-" in b"/" + file.read().split(b"\0")[0]:
+                            return int(name)
+        return None
+
+    # ---- looking
+
+    def around(self, allowed):
+        """Packets of the machine other than TCP to `allowed`, ARP and neighbour discovery."""
+        tcp = " or ".join(f"dst host {address}" for address in allowed) or "less 0"
+        return self.packets(
+            f"(src host {APP4} or src host {APP6} or net 10.10.0.0/16) and not (src host {APP4} and tcp and ({tcp}))"
+            " and not icmp6 and not arp and not dst net 224.0.0.0/4 and not dst net ff00::/8"
+        )
+
+    @contextlib.contextmanager
+    def only_to(self, *allowed):
+        """Meanwhile nothing leaves but TCP to these addresses (default: the relays)."""
+        allowed = allowed or self.relays
+        before = len(self.around(allowed))
+        yield
+        time.sleep(0.1)
+        seen = self.around(allowed)
+        expect(len(seen) == before, lambda: "packets went around Tor:\n" + "\n".join(seen[before : before + 8]))
+
+    @contextlib.contextmanager
+    def empty_wire(self):
+        """Meanwhile nothing leaves at all."""
+        before = len(self.around([]))
+        yield
+        time.sleep(0.1)
+        seen = self.around([])
+        expect(len(seen) == before, lambda: "packets left:\n" + "\n".join(seen[before : before + 8]))
+
+    def client_of(self, url, *args, **options):
+        """The address that the web server saw."""
+        body = self.fetch(url, *args, **options).stdout
+        seen = re.search(r"you are (?:::ffff:)?(\S+)", body)
+        expect(seen, f"{url}: {body}")
+        return seen[1]
+
+    def fetch_by_exit(self, url=f"http://{WEB}/", *args, **options):
+        client = self.client_of(url, *args, **options)
+        expect(client in self.tor["exits"], f"{url}: the server saw {client}, which is no exit")
+        return client
+
+
+def native_client(lab, directory, *torrc):
+    """Writes the configuration of a Tor client of the machine itself; returns its command. It listens for SOCKS on 127.0.0.1:9150."""
+    lines = ["TestingTorNetwork 1", *(f"DirAuthority {line}" for line in lab.tor["authorities"]), "SocksPort 127.0.0.1:9150", *torrc]
+    lab.alice("mkdir", "-p", "-m", "700", directory)
+    lab.alice("tee", f"{directory}/torrc", data="\n".join([*lines, f"DataDirectory {directory}", ""]))
+    return ["tor", "--defaults-torrc", "/nonexistent", "--ignore-missing-torrc", "-f", f"{directory}/torrc"]
