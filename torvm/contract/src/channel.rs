@@ -7,6 +7,8 @@ use serde::{Deserialize, Serialize};
 pub const PORT: &str = "org.proxyvpn.channel";
 /// Bytes of the longest line, with its newline.
 pub const MAX_LINE: usize = 1024;
+/// Bytes of the longest text in a line, so that the line is not longer than [`MAX_LINE`] when each byte must be escaped.
+pub const MAX_TEXT: usize = 448;
 /// How often the guest says [`Status::Alive`], in milliseconds.
 pub const HEARTBEAT_MS: u64 = 2_000;
 
@@ -27,9 +29,9 @@ pub enum Status {
     Tor,
     /// All is as it should be.
     Alive,
-    /// A line of Tor's log, notice and above.
+    /// A line of Tor's log, from the level on that the configuration names.
     Log {
-        /// `err`, `warn` or `notice`.
+        /// `err`, `warn`, `notice` or `info`.
         level: String,
         /// Without time and level.
         text: String,
@@ -39,6 +41,34 @@ pub enum Status {
         /// Why.
         cause: String,
     },
+}
+
+impl Status {
+    /// A line of the log; `text` is made to fit.
+    #[must_use]
+    pub fn log(level: &str, text: &str) -> Self {
+        Self::Log { level: level.to_owned(), text: fitting(text) }
+    }
+
+    /// The guest's last line; `cause` is made to fit.
+    #[must_use]
+    pub fn off(cause: &str) -> Self {
+        Self::Off { cause: fitting(cause) }
+    }
+}
+
+/// Without control characters, and not longer than [`MAX_TEXT`].
+fn fitting(text: &str) -> String {
+    let mut fits = String::new();
+    for character in text.chars().map(|character| if character.is_whitespace() { ' ' } else { character }) {
+        if fits.len() + character.len_utf8() > MAX_TEXT {
+            break;
+        }
+        if !character.is_control() {
+            fits.push(character);
+        }
+    }
+    fits
 }
 
 /// What became of the state disk.
@@ -64,4 +94,29 @@ pub enum Order {
         /// Microseconds since 1970-01-01 UTC.
         unix_micros: u64,
     },
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_text_fits_into_a_line() -> Result<(), serde_json::Error> {
+        for text in [
+            "\"".repeat(5000),
+            "\\".repeat(5000),
+            "\u{1}".repeat(5000),
+            "ä".repeat(5000),
+            "a\nb\u{7f}\u{9b}c".to_owned(),
+        ] {
+            for status in [Status::log("notice", &text), Status::off(&text)] {
+                let line = serde_json::to_string(&status)?;
+                assert!(line.len() < MAX_LINE, "{} bytes", line.len());
+                assert!(!line.contains(char::is_control), "{line:?}");
+                assert_eq!(serde_json::from_str::<Status>(&line)?, status);
+            }
+        }
+        assert_eq!(Status::off("a\nb\u{7f}\u{9b}c"), Status::Off { cause: "a bc".to_owned() });
+        Ok(())
+    }
 }

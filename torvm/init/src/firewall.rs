@@ -1,0 +1,60 @@
+//! The ruleset. From the host's side: TCP into Tor's transparent proxy, DNS into its resolver, all else refused. To the other side: only
+//! TCP that Tor's user began. Nothing is forwarded.
+
+use proxyvpn_torvm::link::{CONTROL_PORT, DNS_PORT, GUEST, HOST, SOCKS_PORT, TRANS_PORT};
+
+use crate::error::Error;
+use crate::network::{HOST_DEVICE, UPLINK_DEVICE};
+use crate::program;
+use crate::tor;
+
+const NFT: &str = "/usr/bin/nft";
+
+/// Puts it in force, in one transaction.
+pub(crate) fn apply() -> Result<(), Error> {
+    program::run(NFT, &["-f", "-"], &ruleset(), || {})?.successful(NFT)
+}
+
+/// TCP port 53 is reset: exits would ask another resolver, which knows no `.onion` names, while programs that are refused ask by UDP.
+fn ruleset() -> String {
+    format!(
+        r#"table inet torvm {{
+  chain refuse {{
+    type filter hook prerouting priority mangle; policy accept;
+    iifname != "{HOST_DEVICE}" accept
+    tcp dport 53 reject with tcp reset
+    meta l4proto tcp accept
+    udp dport {{ 53, {DNS_PORT} }} accept
+    meta l4proto icmp ct state established,related accept
+    reject with icmpx type port-unreachable
+  }}
+  chain steer {{
+    type nat hook prerouting priority dstnat; policy accept;
+    iifname != "{HOST_DEVICE}" accept
+    ip daddr {GUEST} tcp dport {{ {SOCKS_PORT}, {CONTROL_PORT}, {TRANS_PORT} }} accept
+    meta nfproto ipv4 udp dport 53 redirect to :{DNS_PORT}
+    meta nfproto ipv4 meta l4proto tcp redirect to :{TRANS_PORT}
+  }}
+  chain input {{
+    type filter hook input priority filter; policy drop;
+    iifname "lo" accept
+    ct state established,related accept
+    iifname "{HOST_DEVICE}" ip saddr {HOST} ip daddr {GUEST} tcp dport {{ {SOCKS_PORT}, {CONTROL_PORT}, {TRANS_PORT} }} ct state new accept
+    iifname "{HOST_DEVICE}" ip saddr {HOST} ip daddr {GUEST} udp dport {DNS_PORT} ct state new accept
+  }}
+  chain forward {{
+    type filter hook forward priority filter; policy drop;
+  }}
+  chain output {{
+    type filter hook output priority filter; policy drop;
+    oifname "lo" accept
+    oifname "{HOST_DEVICE}" ct direction reply accept
+    oifname "{UPLINK_DEVICE}" meta l4proto tcp ct state established accept
+    oifname "{UPLINK_DEVICE}" meta l4proto tcp meta skuid {uid} ct state new accept
+    reject with icmpx type admin-prohibited
+  }}
+}}
+"#,
+        uid = tor::UID
+    )
+}
