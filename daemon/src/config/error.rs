@@ -55,6 +55,12 @@ impl Rejected {
     }
 }
 
+impl From<proxyvpn_torvm::config::Rejected> for Rejected {
+    fn from(rejected: proxyvpn_torvm::config::Rejected) -> Self {
+        Self::new(rejected.0)
+    }
+}
+
 /// A text and its name in messages.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Source<'a> {

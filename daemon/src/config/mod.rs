@@ -22,5 +22,6 @@ mod raw;
 pub mod secret;
 pub mod store;
 mod sys;
+mod torvm;
 pub mod url;
 pub mod watch;

@@ -33,33 +33,47 @@ pub fn profile(name: &str, file: &str, text: &str) -> Result<Profile, ConfigErro
             Rejected::new("[torvm] belongs to backend = \"torvm\"; write that, or remove the section"),
         ));
     }
+    let (tun, dns, protect, torvm) = match backend {
+        Backend::Proxy => (reader.tun(&raw.tun)?, reader.dns(&raw.dns)?, reader.protect(&raw.protect)?, None),
+        Backend::TorVm => {
+            reader.unlike_proxy(&raw)?;
+            let section = raw.torvm.map(Spanned::into_inner).unwrap_or_default();
+            let torvm = Some(reader.torvm(&section)?);
+            (reader.tap(&raw.tun)?, reader.dns(&raw.dns)?, reader.protect(&raw.protect)?, torvm)
+        }
+    };
     Ok(Profile {
         name: name.to_owned(),
         backend,
         autoconnect: raw.autoconnect,
         upstream: reader.upstream(backend, raw.upstream)?,
-        tun: reader.tun(&raw.tun)?,
-        dns: reader.dns(&raw.dns)?,
-        protect: reader.protect(&raw.protect)?,
+        tun,
+        dns,
+        protect,
         bypass_users: reader.list(&raw.bypass.users, "users", check::MAX_USERS, |value| match value {
             toml::Value::String(name) => check::bypass_user(name),
             toml::Value::Integer(id) => check::bypass_user(&id.to_string()),
             _ => Err(Rejected::new("a user is a name or a number")),
         })?,
+        torvm,
     })
 }
 
 /// Checks values and puts their places into errors.
-struct Reader<'a>(Source<'a>);
+pub(super) struct Reader<'a>(Source<'a>);
 
 impl Reader<'_> {
     /// One value through one rule.
-    fn value<V, T>(&self, value: &Spanned<V>, rule: impl FnOnce(&V) -> Result<T, Rejected>) -> Result<T, ConfigError> {
+    pub(super) fn value<V, T>(
+        &self,
+        value: &Spanned<V>,
+        rule: impl FnOnce(&V) -> Result<T, Rejected>,
+    ) -> Result<T, ConfigError> {
         rule(value.as_ref()).map_err(|rejected| self.0.error(Some(value.span()), rejected))
     }
 
     /// A bounded list; what stands in it twice counts once.
-    fn list<V, T: PartialEq>(
+    pub(super) fn list<V, T: PartialEq>(
         &self,
         values: &[Spanned<V>],
         key: &str,
@@ -80,7 +94,7 @@ impl Reader<'_> {
     }
 
     /// A word from a list; `None` there is a word of a later version.
-    fn one_of<T: Copy>(
+    pub(super) fn one_of<T: Copy>(
         &self,
         value: Option<&Text>,
         key: &str,
@@ -101,7 +115,7 @@ impl Reader<'_> {
         }
     }
 
-    fn fault(&self, span: Range<usize>, message: impl AsRef<str>) -> ConfigError {
+    pub(super) fn fault(&self, span: Range<usize>, message: impl AsRef<str>) -> ConfigError {
         self.0.error(Some(span), Rejected::new(message))
     }
 
@@ -129,7 +143,7 @@ impl Reader<'_> {
             return Err(self.fault(named.span(), "the user name stands in the URL as well; keep one of them"));
         }
         let username = username.or(url.username);
-        let password = self.password(&raw)?;
+        let password = self.password(raw.password_file.as_ref(), raw.password_credential.as_ref(), "")?;
         let place = raw.password_file.as_ref().or(raw.password_credential.as_ref()).map(Spanned::span);
         if url.scheme == Scheme::Direct {
             let useless = place.clone().or(named.map(Spanned::span)).or(raw.addresses.first().map(Spanned::span));
@@ -143,11 +157,19 @@ impl Reader<'_> {
         Ok(UpstreamSpec { scheme: url.scheme, host: url.host, port: url.port, addresses, username, password })
     }
 
-    fn password(&self, raw: &raw::Upstream) -> Result<Option<PasswordSource>, ConfigError> {
-        match (&raw.password_file, &raw.password_credential) {
+    /// `prefix`: of the two keys.
+    pub(super) fn password(
+        &self,
+        file: Option<&Text>,
+        credential: Option<&Text>,
+        prefix: &str,
+    ) -> Result<Option<PasswordSource>, ConfigError> {
+        match (file, credential) {
             (Some(file), Some(credential)) => {
                 let later = if file.span().start > credential.span().start { file } else { credential };
-                Err(self.fault(later.span(), "password-file and password-credential exclude each other; keep one"))
+                let text =
+                    format!("{prefix}password-file and {prefix}password-credential exclude each other; keep one");
+                Err(self.fault(later.span(), text))
             }
             (Some(file), None) => self.value(file, |path| {
                 let path = PathBuf::from(path);
@@ -155,7 +177,7 @@ impl Reader<'_> {
                 if path.is_absolute() && !path.as_os_str().as_encoded_bytes().contains(&0) {
                     Ok(Some(PasswordSource::File(path)))
                 } else {
-                    Err(Rejected::new("password-file needs the whole path, starting with /"))
+                    Err(Rejected::new(format!("{prefix}password-file needs the whole path, starting with /")))
                 }
             }),
             (None, Some(credential)) => self.value(credential, |name| {

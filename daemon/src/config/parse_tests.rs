@@ -87,7 +87,7 @@ users = ["daemon", 54321]
 
 #[test]
 fn the_other_backend_needs_no_url() {
-    let profile = read("backend = \"torvm\"\n[torvm]\nmemory-mib = 256\naccel = \"auto\"\nbridges = []\n").unwrap();
+    let profile = read("backend = \"torvm\"\n").unwrap();
     assert_eq!((profile.backend, profile.upstream.scheme), (Backend::TorVm, Scheme::Direct));
 }
 

@@ -4,6 +4,8 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::path::PathBuf;
 
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
+use proxyvpn_torvm::config::TorSettings;
+use proxyvpn_torvm::config::proxy::Kind;
 use serde::{Deserialize, Serialize};
 
 /// A profile: what to connect to and what to protect (`proxyvpn-profile(5)`).
@@ -27,6 +29,9 @@ pub struct Profile {
     pub protect: ProtectSpec,
     /// Local users (ids) whose traffic goes around the tunnel.
     pub bypass_users: Vec<u32>,
+    /// What the virtual machine and Tor in it are told; `Some` with [`Backend::TorVm`]. A record of an older version has none.
+    #[serde(default)]
+    pub torvm: Option<TorVmSpec>,
 }
 
 /// Which backend carries a profile.
@@ -112,6 +117,53 @@ impl Default for TunSpec {
     }
 }
 
+/// `[torvm]`. No secret is in it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct TorVmSpec {
+    /// The virtual machine's memory in MiB, 128 to 4096.
+    pub memory_mib: u32,
+    /// How its instructions are run.
+    pub accel: Accel,
+    /// What Tor is told.
+    pub tor: TorSettings,
+    /// Proxy that Tor itself goes through.
+    pub proxy: Option<TorProxySpec>,
+}
+
+impl Default for TorVmSpec {
+    fn default() -> Self {
+        Self { memory_mib: 256, accel: Accel::Auto, tor: TorSettings::default(), proxy: None }
+    }
+}
+
+/// `[torvm] accel`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Accel {
+    /// By the processor if that is seen to work, otherwise by translation.
+    Auto,
+    /// By the processor.
+    Kvm,
+    /// By translation.
+    Tcg,
+}
+
+/// `[torvm] https-proxy` or `socks5-proxy`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct TorProxySpec {
+    /// What it speaks.
+    pub kind: Kind,
+    /// Host name or IPv4 address. The host looks it up: the guest has no resolver on its way out.
+    pub host: String,
+    /// TCP port.
+    pub port: u16,
+    /// User name; a password comes with it and only with it.
+    pub username: Option<String>,
+    /// Where the password comes from.
+    pub password: Option<PasswordSource>,
+}
+
 /// `[dns]`. The modes other than `bypass` are rejected with a clear error until they are built.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -146,6 +198,21 @@ pub enum ForwardSpec {
     Block,
     /// TCP goes through the tunnel, DNS to the resolvers; the rest is refused.
     Tunnel,
+}
+
+impl Profile {
+    /// Whether a stored password is sent to somebody whom the profile names.
+    #[must_use]
+    pub fn stored_password(&self) -> bool {
+        let proxy = self.torvm.as_ref().and_then(|torvm| torvm.proxy.as_ref());
+        self.upstream.password.is_some() || proxy.is_some_and(|proxy| proxy.password.is_some())
+    }
+
+    /// What people should know about these settings before they rely on them.
+    #[must_use]
+    pub fn notes(&self) -> Vec<String> {
+        self.torvm.as_ref().map(|torvm| torvm.tor.notes()).unwrap_or_default()
+    }
 }
 
 impl Default for ProtectSpec {

@@ -62,14 +62,27 @@ pub(super) struct Bypass {
     pub(super) users: Vec<Spanned<toml::Value>>,
 }
 
-/// Keys of the section that only the other backend reads; their values are not looked at here.
 #[derive(Debug, Default, Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case", default)]
 pub(super) struct TorVm {
-    memory_mib: Option<u32>,
-    accel: Option<String>,
-    bridges: Vec<String>,
-    transport: Option<String>,
+    pub(super) memory_mib: Option<Spanned<i64>>,
+    pub(super) accel: Option<Text>,
+    pub(super) transport: Option<Text>,
+    pub(super) bridges: Vec<Text>,
+    pub(super) entry_nodes: Vec<Text>,
+    pub(super) exit_nodes: Vec<Text>,
+    pub(super) exit_country: Option<Text>,
+    pub(super) exclude_nodes: Vec<Text>,
+    pub(super) exclude_exit_nodes: Vec<Text>,
+    pub(super) strict_nodes: bool,
+    pub(super) https_proxy: Option<Text>,
+    pub(super) socks5_proxy: Option<Text>,
+    pub(super) proxy_username: Option<Text>,
+    pub(super) proxy_password_credential: Option<Text>,
+    pub(super) proxy_password_file: Option<Text>,
+    pub(super) testing: Option<Spanned<bool>>,
+    pub(super) directory_authorities: Vec<Text>,
+    pub(super) tor_log: Option<Text>,
 }
 
 #[derive(Debug, Default, Deserialize)]

@@ -195,7 +195,7 @@ impl ProfileStore {
             return Err(StoreError::TooLong);
         }
         let profile = parse::profile(name, &format!("{name}{SUFFIX}"), text)?;
-        if profile.upstream.password.is_some() && by != Importer::Root {
+        if profile.stored_password() && by != Importer::Root {
             return Err(StoreError::Secret);
         }
         let _guard = self.lock();

@@ -256,6 +256,9 @@ fn the_number_of_profiles_is_bounded() {
 #[test]
 fn a_stored_password_is_given_to_a_proxy_only_by_root() {
     let bench = Bench::new();
+    let tor = "backend = \"torvm\"\n[torvm]\nsocks5-proxy = \"proxy.example:1080\"\nproxy-username = \"me\"\n\
+               proxy-password-file = \"/etc/proxyvpn/other.secret\"\n";
+    assert!(matches!(bench.store.import("mine", tor, false, Importer::User), Err(StoreError::Secret)));
     for line in ["password-file = \"/etc/proxyvpn/other.secret\"", "password-credential = \"other\""] {
         let text = format!("[upstream]\nurl = \"http://me@proxy.example:8080\"\n{line}\n");
         let error = bench.store.import("mine", &text, false, Importer::User).unwrap_err();

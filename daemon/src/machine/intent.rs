@@ -97,6 +97,23 @@ mod tests {
     }
 
     #[test]
+    fn a_record_of_an_older_version_is_read_and_torvm_comes_back_without_a_secret() {
+        let dir = TestDir::new("intent-torvm");
+        let (path, file) = (dir.path("intent.json"), IntentFile::new(&dir.path("")));
+        let profile = crate::machine::tests::profile();
+        file.write(&profile).unwrap();
+        let text = fs::read_to_string(&path).unwrap();
+        assert!(text.contains(",\"torvm\":null"), "{text}");
+        fs::write(&path, text.replace(",\"torvm\":null", "")).unwrap();
+        assert_eq!(file.read(), Intent::Profile(Box::new(profile)));
+        let text = "backend = \"torvm\"\n[torvm]\nbridges = [\"obfs4 192.0.2.1:443 cert=a\"]\nexit-country = \"de\"\n\
+                    https-proxy = \"proxy.example:3128\"\nproxy-username = \"u\"\nproxy-password-file = \"/etc/proxyvpn/p\"\n";
+        let profile = crate::config::parse::profile("tor", "tor.toml", text).unwrap();
+        file.write(&profile).unwrap();
+        assert_eq!(file.read(), Intent::Profile(Box::new(profile)));
+    }
+
+    #[test]
     fn what_cannot_be_understood_is_not_taken_for_nothing() {
         let dir = TestDir::new("intent-unreadable");
         let (path, file) = (dir.path("intent.json"), IntentFile::new(&dir.path("")));

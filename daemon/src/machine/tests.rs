@@ -40,6 +40,7 @@ pub(super) fn profile() -> Profile {
         dns: DnsSpec { servers: Vec::new() },
         protect: ProtectSpec::default(),
         bypass_users: Vec::new(),
+        torvm: None,
     }
 }
 

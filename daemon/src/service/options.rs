@@ -155,6 +155,9 @@ impl ConnectOptions {
                 if !password {
                     self.keep_password_home(&profile)?;
                 }
+                if profile.backend == Backend::TorVm {
+                    self.fit_torvm(&profile)?;
+                }
                 profile
             }
             (None, Some(_)) => blank(),
@@ -218,6 +221,36 @@ impl ConnectOptions {
         Ok(profile)
     }
 
+    /// What the device to the virtual machine cannot have, and whom Tor's own proxy's password must not reach: a proxy in
+    /// front of it would see it, and so would who answers for its name.
+    fn fit_torvm(&self, base: &Profile) -> Result<(), Error> {
+        for (key, given) in [
+            (connect::TUN_CIDR, self.tun_cidr.is_some()),
+            (connect::TUN_CIDR6, self.tun_cidr6.is_some()),
+            (connect::MTU, self.mtu.is_some()),
+        ] {
+            if given {
+                return Err(invalid(key, "the device to the virtual machine has a fixed address and MTU"));
+            }
+        }
+        let Some(proxy) = base.torvm.as_ref().and_then(|torvm| torvm.proxy.as_ref()) else { return Ok(()) };
+        let looked_up = proxy.host.parse::<IpAddr>().is_err();
+        for (key, redirects) in [
+            (connect::PROXY_URL, self.url.is_some()),
+            (connect::PROXY_IP, self.proxy_ip.is_some()),
+            (connect::DNS, self.dns.is_some() && looked_up),
+        ] {
+            if redirects && proxy.password.is_some() {
+                let text = format!(
+                    "with it the password of Tor's proxy in the profile \"{}\" could go to somebody else; change the profile",
+                    base.name
+                );
+                return Err(invalid(key, &text));
+            }
+        }
+        Ok(())
+    }
+
     /// A caller must not make the daemon send a stored password elsewhere: not to another proxy, not to another address, and
     /// not to what a resolver of the caller's choice says.
     fn keep_password_home(&self, base: &Profile) -> Result<(), Error> {
@@ -267,6 +300,7 @@ fn blank() -> Profile {
         dns: DnsSpec::default(),
         protect: ProtectSpec::default(),
         bypass_users: Vec::new(),
+        torvm: None,
     }
 }
 

@@ -42,6 +42,34 @@ fn stored(host: &str) -> Profile {
 }
 
 #[test]
+fn the_device_and_the_password_of_a_torvm_stay_what_they_are() {
+    let tor = |more: &str| {
+        let text = format!("backend = \"torvm\"\n[torvm]\n{more}");
+        Some(crate::config::parse::profile("tor", "tor.toml", &text).unwrap())
+    };
+    assert!(applied(tor(""), vec![url(), ("tun-name", "tap9".into()), ("dns", vec!["192.0.2.53"].into())]).is_ok());
+    let device: [(&str, Variant<'static>); 3] =
+        [("tun-cidr", "10.9.0.1/30".into()), ("tun-cidr6", "fd00::1/64".into()), ("mtu", 1400_u32.into())];
+    for option in device {
+        assert!(applied(tor(""), vec![option]).unwrap_err().contains("fixed address"));
+    }
+    let login = "proxy-username = \"u\"\nproxy-password-file = \"/etc/proxyvpn/p\"\n";
+    let redirects = || -> [Vec<(&'static str, Variant<'static>)>; 3] {
+        let user = || ("username", Variant::from("u"));
+        [vec![url()], vec![url(), user(), ("password", pipe())], vec![("dns", vec!["192.0.2.53"].into())]]
+    };
+    for options in redirects() {
+        let error = applied(tor(&format!("https-proxy = \"proxy.example:3128\"\n{login}")), options).unwrap_err();
+        assert!(error.contains("could go to somebody else"), "{error}");
+    }
+    for options in redirects() {
+        assert!(applied(tor("https-proxy = \"proxy.example:3128\"\n"), options).is_ok(), "there is no password");
+    }
+    let by_address = tor(&format!("https-proxy = \"192.0.2.9:3128\"\n{login}"));
+    assert!(applied(by_address, vec![("dns", vec!["192.0.2.53"].into())]).is_ok(), "nothing is looked up");
+}
+
+#[test]
 fn every_option_lands_in_the_profile() {
     let profile = applied(
         None,

@@ -195,6 +195,26 @@ impl TorSettings {
         }
     }
 
+    /// What people should know about these settings before they rely on them.
+    #[must_use]
+    pub fn notes(&self) -> Vec<String> {
+        let mut notes = Vec::new();
+        if !self.exit_nodes.is_empty() {
+            let nodes: Vec<_> = self.exit_nodes.iter().map(ToString::to_string).collect();
+            notes.push(format!(
+                "Tor leaves its network only at {}: with fewer relays to choose from you are easier to recognise",
+                nodes.join(", ")
+            ));
+        }
+        notes.extend(self.bridges().iter().filter_map(Bridge::note));
+        if self.network.is_some() {
+            notes.push(
+                "This is not the public Tor network: who runs its authorities decides how anonymous you are".to_owned(),
+            );
+        }
+        notes
+    }
+
     /// How the first of them is reached.
     #[must_use]
     pub fn transport(&self) -> Transport {
