@@ -15,6 +15,8 @@ pub struct Devices {
     /// Bridges that lead to this machine's containers and virtual machines only: all of their ports are virtual (veth, tun,
     /// tap), or they have none, and no gateway is or was behind them.
     pub inner: Vec<String>,
+    /// TAP devices of ours: what is behind them is not trusted, whether one of them is the tunnel or not.
+    pub routed: Vec<String>,
 }
 
 impl Devices {
@@ -40,7 +42,8 @@ impl Devices {
             );
             uplinks.truncate(MAX_UPLINKS);
         }
-        Self { uplinks, inner: names(inner) }
+        let routed = names(links.iter().filter(|link| link.ours && link.mac.is_some()));
+        Self { uplinks, inner: names(inner), routed }
     }
 }
 
@@ -70,7 +73,13 @@ mod tests {
 
     fn link(index: u32, name: &str, kind: Kind, master: u32) -> Link {
         let master = Some(master).filter(|master| *master > 0);
-        Link { ours: name == "pvpn0", kind, master, carries_ip: name != "can0", ..plan::tests::link(index, name, 0, 0) }
+        Link {
+            ours: name == "pvpn0" || name == "tap0",
+            kind,
+            master,
+            carries_ip: name != "can0",
+            ..plan::tests::link(index, name, 0, 0)
+        }
     }
 
     fn devices(links: Vec<Link>) -> (String, String) {
@@ -115,6 +124,14 @@ mod tests {
         let mut vlan = machine();
         vlan[9].master = Some(8);
         assert_eq!(devices(vlan), ("eth0 virbr0 eth0.7 veth2 wg0".into(), "docker0".into()));
+    }
+
+    #[test]
+    fn our_tap_devices_are_known_by_their_mac_address() {
+        let tun = Link { mac: None, ..link(3, "pvpn0", Kind::Tun, 0) };
+        let links = vec![link(2, "tap1", Kind::Tun, 0), tun, link(4, "tap0", Kind::Tun, 0)];
+        let devices = Devices::of(&Observed { links, ..Observed::default() }, None, &HashSet::new());
+        assert_eq!((devices.uplinks, devices.routed), (vec!["tap1".to_owned()], vec!["tap0".to_owned()]));
     }
 
     #[test]

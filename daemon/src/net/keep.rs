@@ -5,6 +5,7 @@ use std::io;
 use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 
+use super::desired::Tunnel;
 use super::tun;
 
 /// Where descriptors outlive the process.
@@ -54,14 +55,14 @@ impl Queues {
         Self { store, inherited }
     }
 
-    /// Whether an earlier process left the device of this name with so many queues.
-    pub(super) fn fit(&self, name: &str, queues: usize) -> bool {
-        self.inherited.len() == queues && self.inherited.iter().all(|fd| tun::is_queue(fd.as_fd(), name, queues > 1))
+    /// Whether an earlier process left this device with so many queues.
+    pub(super) fn fit(&self, tunnel: &Tunnel, queues: usize) -> bool {
+        self.inherited.len() == queues && self.inherited.iter().all(|fd| tun::is_queue(fd.as_fd(), tunnel, queues))
     }
 
     /// What an earlier process left, if it fits.
-    pub(super) fn take(&mut self, name: &str, queues: usize) -> Option<Vec<OwnedFd>> {
-        self.fit(name, queues).then(|| std::mem::take(&mut self.inherited))
+    pub(super) fn take(&mut self, tunnel: &Tunnel, queues: usize) -> Option<Vec<OwnedFd>> {
+        self.fit(tunnel, queues).then(|| std::mem::take(&mut self.inherited))
     }
 
     /// Leaves the device to a later process.

@@ -61,6 +61,13 @@ impl Kernel {
             .iter()
             .filter_map(|m| if let RouteNetlinkMessage::NewAddress(m) = m { rtnl::parse_address(m) } else { None })
             .collect();
+        for link in links.iter().filter(|link| link.ours && link.mac.is_some()) {
+            let list = self.dump("neighbours", rtnl::neighbours_of(link.index)).await?;
+            observed.neighbours.extend(list.iter().filter_map(|m| match m {
+                RouteNetlinkMessage::NewNeighbour(m) => rtnl::parse_neighbour(m).filter(|n| n.index == link.index),
+                _ => None,
+            }));
+        }
         for family in Family::ALL {
             // A kernel without IPv6 answers with everything of every family.
             if family == Family::V6 && !observed.ipv6 {
@@ -141,7 +148,7 @@ impl Kernel {
     /// Makes the device with its mark of ownership.
     pub(super) async fn create(&self, tunnel: &Tunnel, queues: usize) -> Result<Vec<std::os::fd::OwnedFd>, Error> {
         let failed = |source| Error::Create { name: tunnel.name.clone(), source };
-        let fds = tun::create(&tunnel.name, queues).map_err(failed)?;
+        let fds = tun::create(tunnel, queues).map_err(failed)?;
         let index = self.index(&tunnel.name).await?;
         let message = RouteNetlinkMessage::SetLink(rtnl::alias_message(index));
         rtnl::request(&self.handle, message, false).await.map_err(failed)?;
@@ -163,8 +170,8 @@ impl Kernel {
         let add = step.action == Action::Add;
         match &step.change {
             // Only `create` makes it, because somebody must hold its descriptors.
-            Change::Device(name) if add => Err(Error::TunnelMissing(name.clone())),
-            Change::Device(name) => {
+            Change::Device { name, .. } if add => Err(Error::TunnelMissing(name.clone())),
+            Change::Device { name, .. } => {
                 let links = self.links().await?;
                 let Some(link) = links.iter().find(|link| link.name == *name && link.ours) else { return Ok(()) };
                 self.delete(link).await.map_err(failed)
@@ -174,11 +181,16 @@ impl Kernel {
                 let Some(link) = links.iter().find(|link| link.name == tunnel.name) else {
                     return Err(Error::TunnelMissing(tunnel.name.clone()));
                 };
-                for message in rtnl::settings_messages(link, tunnel.mtu, tun::QUEUE) {
+                for message in rtnl::settings_messages(link, tunnel, tun::QUEUE) {
                     let message = RouteNetlinkMessage::SetLink(message);
                     rtnl::request(&self.handle, message, false).await.map_err(failed)?;
                 }
                 Ok(())
+            }
+            Change::Neighbour { device, gateway } => {
+                let message = rtnl::neighbour_message(self.index(device).await?, gateway);
+                let message = RouteNetlinkMessage::NewNeighbour(message);
+                rtnl::replace(&self.handle, message).await.map_err(failed)
             }
             Change::Address { device, address } => {
                 let message = rtnl::address_message(self.index(device).await?, *address);
@@ -207,7 +219,7 @@ impl Kernel {
 
     async fn route(&self, route: &Route, add: bool) -> Result<io::Result<()>, Error> {
         let device = match &route.target {
-            Target::Device(name) => Some(self.index(name).await?),
+            Target::Device(name) | Target::Gateway(_, name) => Some(self.index(name).await?),
             Target::Unreachable => None,
         };
         let message = rtnl::route_message(route, device);

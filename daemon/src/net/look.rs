@@ -1,6 +1,7 @@
 //! A look at the network while a connection is wanted: what others removed or changed is put back.
 
 use std::net::IpAddr;
+use std::sync::atomic::Ordering;
 
 use super::desired::Desired;
 use super::health::{self, Finding};
@@ -27,7 +28,7 @@ impl Network {
     /// # Errors
     /// [`Error::Connect`].
     pub fn watch(&self) -> Result<super::Watch, Error> {
-        super::Watch::open(self.firewall_name() == "iptables")
+        super::Watch::open(self.firewall_name() == "iptables", self.neighbours_on.clone())
     }
 
     /// Compares what is there with what was applied and puts back what is missing: the firewall first, then the device, the
@@ -48,6 +49,7 @@ impl Network {
             }
         }
         let observed = self.kernel.observe().await?;
+        self.tell_watch(&observed, desired);
         let devices = self.devices(&observed, desired).await?;
         let moved = self.at_look.as_ref() != Some(&devices);
         self.at_look = Some(devices);
@@ -94,6 +96,13 @@ impl Network {
             }
         }
         Ok(observed)
+    }
+
+    /// Tells the watch whose neighbours matter.
+    fn tell_watch(&self, observed: &Observed, desired: &Desired) {
+        let tunnel = desired.tunnel.as_ref().filter(|tunnel| tunnel.gateway.is_some());
+        let link = tunnel.and_then(|tunnel| observed.links.iter().find(|link| plan::is_device(link, tunnel)));
+        self.neighbours_on.store(link.map_or(0, |link| link.index), Ordering::Relaxed);
     }
 
     /// Puts the rules back that were installed. They are not compiled anew, because until they are back the firewall is open.

@@ -1,10 +1,10 @@
 //! The kernel as a model, for tests: takes the steps of [`plan`](super::plan), and says where a packet of any program goes.
 
 use super::desired::{Desired, TABLE};
-use super::observed::{Address, Link, Observed};
+use super::observed::{Address, Link, Neighbour, Observed};
 use super::plan;
 use super::plan::tests::link;
-use super::step::{Action, Change, Family, Rule, Stage, Step, Target, Verdict};
+use super::step::{Action, Change, Family, LOOSE, Rule, Stage, Step, Target, Verdict};
 
 const TCP: u8 = 6;
 const UDP: u8 = 17;
@@ -66,7 +66,7 @@ impl Model {
         for name in
             self.observed.links.iter().filter(|link| link.ours).map(|link| link.name.clone()).collect::<Vec<_>>()
         {
-            apply(&mut self.observed, &Step { action: Action::Remove, change: Change::Device(name) });
+            apply(&mut self.observed, &Step { action: Action::Remove, change: Change::Device { name, tap: false } });
         }
     }
 
@@ -87,12 +87,13 @@ impl Model {
 
     /// What leaves by the uplink of what any program sends to the outside.
     pub(crate) fn open(&self) -> Option<&'static str> {
-        let kinds = [("tcp", TCP), ("udp", UDP)];
-        kinds.into_iter().find(|(_, protocol)| self.way(Family::V4, *protocol) == Way::Uplink).map(|(name, _)| name)
+        let kinds = [("tcp", TCP, 443), ("udp", UDP, 443), ("dns", UDP, 53)];
+        let open = |(_, protocol, port): &_| self.way(Family::V4, *protocol, *port) == Way::Uplink;
+        kinds.into_iter().find(open).map(|(name, ..)| name)
     }
 
     /// The way of a packet without our mark to an address that is no exception.
-    fn way(&self, family: Family, protocol: u8) -> Way {
+    fn way(&self, family: Family, protocol: u8, port: u16) -> Way {
         let mut rules: Vec<&Rule> = self.observed.rules.iter().filter(|rule| rule.family == family).collect();
         rules.sort_by_key(|rule| rule.priority);
         let meets = |rule: &&Rule| {
@@ -101,6 +102,7 @@ impl Model {
                 && rule.to.is_none()
                 && rule.users.is_none()
                 && rule.protocol.is_none_or(|p| p == protocol)
+                && rule.ports.is_none_or(|(first, last)| (first..=last).contains(&port))
         };
         let verdict = |rule: &Rule| match rule.verdict {
             Verdict::Lookup(TABLE) => self.route(family),
@@ -117,7 +119,7 @@ impl Model {
     fn route(&self, family: Family) -> Option<Way> {
         let routes = self.observed.routes.iter().filter(|route| route.family == family);
         routes.min_by_key(|route| route.metric).map(|route| match &route.target {
-            Target::Device(_) => Way::Tunnel,
+            Target::Device(_) | Target::Gateway(..) => Way::Tunnel,
             Target::Unreachable => Way::Refused,
         })
     }
@@ -136,22 +138,35 @@ fn firewall(action: Action) -> Step {
 fn apply(observed: &mut Observed, step: &Step) {
     let add = step.action == Action::Add;
     match step.change.clone() {
-        Change::Device(name) if add => {
+        Change::Device { name, tap } if add => {
             let ipv6 = observed.ipv6_for_new;
-            observed.links.push(Link { ours: true, ipv6, up: false, ..link(9, &name, 0, 0) });
+            let mac = tap.then_some([2; 6]);
+            observed.links.push(Link { ours: true, ipv6, mac, up: false, ..link(9, &name, 0, 0) });
         }
-        Change::Device(name) => {
+        Change::Device { name, .. } => {
             // Its addresses and routes go with it.
             observed
                 .addresses
                 .retain(|address| observed.links.iter().any(|l| l.index == address.index && l.name != name));
-            observed.routes.retain(|route| route.target != Target::Device(name.clone()));
+            let through = |target: &_| matches!(target, Target::Device(d) | Target::Gateway(_, d) if *d == name);
+            observed.routes.retain(|route| !through(&route.target));
             observed.links.retain(|link| link.name != name);
         }
         Change::Settings(tunnel) => {
             if let Some(link) = observed.links.iter_mut().find(|link| link.name == tunnel.name) {
                 (link.up, link.mtu, link.queue) = (true, u32::from(tunnel.mtu), super::tun::QUEUE);
                 (link.address_generation_off, link.multicast) = (true, false);
+                if let Some(gateway) = tunnel.gateway {
+                    (link.mac, link.arp) = (Some(gateway.own_mac), false);
+                    link.source_validation.iter_mut().for_each(|validation| validation.rp_filter = LOOSE);
+                }
+            }
+        }
+        Change::Neighbour { device, gateway } => {
+            if let Some(index) = observed.link(&device).map(|link| link.index) {
+                let (address, mac) = (gateway.address, gateway.mac);
+                observed.neighbours.retain(|neighbour| neighbour.index != index);
+                observed.neighbours.push(Neighbour { index, address, mac });
             }
         }
         Change::Address { device, address } => {
@@ -163,7 +178,7 @@ fn apply(observed: &mut Observed, step: &Step) {
         Change::Route(route) => {
             observed.routes.retain(|r| *r != route);
             let possible = match &route.target {
-                Target::Device(name) => observed.link(name).is_some_and(|link| link.up),
+                Target::Device(name) | Target::Gateway(_, name) => observed.link(name).is_some_and(|link| link.up),
                 Target::Unreachable => true,
             };
             observed.routes.extend((add && possible).then_some(route));

@@ -5,6 +5,8 @@ use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::os::fd::OwnedFd;
 use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::AtomicU32;
 use std::time::Instant;
 
 use super::desired::{Desired, Exceptions, Forward, Locked, Tunnel};
@@ -45,6 +47,8 @@ pub struct Network {
     sessions: Option<Vec<(SocketAddr, SocketAddr)>>,
     /// Addresses of the tunnels that this process made since the last clean-up.
     tunnelled: HashSet<IpAddr>,
+    /// For the watch: index of the device with a gateway, or 0.
+    pub(super) neighbours_on: Arc<AtomicU32>,
 }
 
 /// A firewall that belongs to another process's socket, which a clean-up can't remove.
@@ -87,6 +91,7 @@ impl Network {
             outward_stale: Instant::now(),
             sessions,
             tunnelled,
+            neighbours_on: Arc::default(),
         };
         if let Err(error) = network.backend().await {
             tracing::warn!(error = &error as &dyn std::error::Error, "no firewall");
@@ -173,8 +178,8 @@ impl Network {
     /// # Errors
     /// When the present state can't be read.
     pub async fn has_tunnel(&self, tunnel: &Tunnel, queues: usize) -> Result<bool, Error> {
-        let ours = |link: &&Link| link.name == tunnel.name && link.ours;
-        Ok(self.queues.fit(&tunnel.name, queues) && self.kernel.links().await?.iter().any(|link| ours(&link)))
+        let ours = |link: &&Link| plan::is_device(link, tunnel);
+        Ok(self.queues.fit(tunnel, queues) && self.kernel.links().await?.iter().any(|link| ours(&link)))
     }
 
     /// Ends the connections that went through the device that an earlier process left: nobody knows them any more.
@@ -190,7 +195,7 @@ impl Network {
     pub async fn drop_tunnel(&mut self) -> Result<(), Error> {
         self.queues.forget();
         for link in self.kernel.links().await?.iter().filter(|link| link.ours) {
-            let step = Step { action: Action::Remove, change: Change::Device(link.name.clone()) };
+            let step = Step { action: Action::Remove, change: Change::device(link) };
             match self.kernel.run(&step).await {
                 Err(error) if !kernel::already(&step, &error) => return Err(error),
                 _ => {}
@@ -206,12 +211,12 @@ impl Network {
     /// # Errors
     /// [`Error::NameTaken`], [`Error::Create`], or the step that failed; nothing is left then.
     pub async fn create_tunnel(&mut self, tunnel: &Tunnel, queues: usize) -> Result<Vec<OwnedFd>, Error> {
-        let kept = if self.has_tunnel(tunnel, queues).await? { self.queues.take(&tunnel.name, queues) } else { None };
+        let kept = if self.has_tunnel(tunnel, queues).await? { self.queues.take(tunnel, queues) } else { None };
         if kept.is_none() {
             self.queues.forget();
             self.make_way(&tunnel.name).await?;
         }
-        let before = self.journal.begin([made(&tunnel.name).line()])?;
+        let before = self.journal.begin([made(tunnel).line()])?;
         let desired = Desired {
             tunnel: Some(tunnel.clone()),
             guarded: vec![],
@@ -252,7 +257,7 @@ impl Network {
     /// As [`create_tunnel`](Self::create_tunnel).
     pub async fn hold(&mut self, tunnel: &Tunnel) -> Result<Vec<OwnedFd>, Error> {
         self.make_way(&tunnel.name).await?;
-        let before = self.journal.begin([made(&tunnel.name).line()])?;
+        let before = self.journal.begin([made(tunnel).line()])?;
         let settings = Step { action: Action::Set, change: Change::Settings(tunnel.clone()) };
         let held = match self.kernel.create(tunnel, 1).await {
             Ok(fds) => self.kernel.run(&settings).await.map(|()| fds),
@@ -327,7 +332,7 @@ impl Network {
         let mut complete = true;
         for step in steps.iter().rev().filter_map(Step::inverse) {
             // A device is not made again: nobody would hold it.
-            if step.action == Action::Add && matches!(step.change, Change::Device(_)) {
+            if step.action == Action::Add && matches!(step.change, Change::Device { .. }) {
                 continue;
             }
             if let Err(error) = self.kernel.run(&step).await
@@ -588,8 +593,9 @@ async fn sessions(observed: &Observed, desired: &Desired) -> Vec<(SocketAddr, So
 }
 
 /// The undo of a device.
-fn made(name: &str) -> Step {
-    Step { action: Action::Remove, change: Change::Device(name.to_owned()) }
+fn made(tunnel: &Tunnel) -> Step {
+    let change = Change::Device { name: tunnel.name.clone(), tap: tunnel.gateway.is_some() };
+    Step { action: Action::Remove, change }
 }
 
 /// Connections from outside that are open already. They can only be kept if they are known, so an error means none.

@@ -1,6 +1,6 @@
 //! The kernel's network state, as far as it matters to us.
 
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv4Addr};
 
 use ipnet::IpNet;
 
@@ -11,6 +11,8 @@ use super::step::{Family, Route, Rule};
 pub(super) struct Observed {
     pub(super) links: Vec<Link>,
     pub(super) addresses: Vec<Address>,
+    /// Permanent neighbours on devices of ours.
+    pub(super) neighbours: Vec<Neighbour>,
     /// Routes that are ours: in our table, with our protocol number.
     pub(super) routes: Vec<Route>,
     /// Routes in our table that are not ours.
@@ -32,7 +34,7 @@ pub(super) struct Observed {
 pub(super) struct Link {
     pub(super) index: u32,
     pub(super) name: String,
-    /// A TUN device that carries our alias.
+    /// A TUN or TAP device that carries our alias.
     pub(super) ours: bool,
     pub(super) kind: Kind,
     /// Index of the bridge or bond that it belongs to.
@@ -49,6 +51,10 @@ pub(super) struct Link {
     pub(super) queue: u32,
     /// Takes multicast.
     pub(super) multicast: bool,
+    /// Asks for the addresses of neighbours, and answers.
+    pub(super) arp: bool,
+    /// A TUN device has none.
+    pub(super) mac: Option<[u8; 6]>,
     /// Makes no IPv6 link-local address of its own.
     pub(super) address_generation_off: bool,
     /// `None`: the device has no IPv4.
@@ -84,6 +90,14 @@ pub(super) struct SourceValidation {
 pub(super) struct Address {
     pub(super) index: u32,
     pub(super) address: IpNet,
+}
+
+/// Who has an address behind a device.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Neighbour {
+    pub(super) index: u32,
+    pub(super) address: Ipv4Addr,
+    pub(super) mac: [u8; 6],
 }
 
 /// A route of the main table that leads somewhere.

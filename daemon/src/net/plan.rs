@@ -4,9 +4,9 @@ use std::net::IpAddr;
 
 use ipnet::IpNet;
 
-use super::desired::{Desired, Locked, MARK, RULE_PRIORITIES, RULE_PRIORITY, SYSCTL_ON, TABLE, Tunnel};
-use super::observed::{Link, Observed, SourceValidation};
-use super::step::{Action, Change, Family, Route, Rule, Step, Target, Verdict};
+use super::desired::{Desired, Gateway, Locked, MARK, RULE_PRIORITIES, RULE_PRIORITY, SYSCTL_ON, TABLE, Tunnel};
+use super::observed::{Link, Neighbour, Observed, SourceValidation};
+use super::step::{Action, Change, Family, LOOSE, Route, Rule, Step, Target, Verdict};
 
 /// `RT_TABLE_MAIN`.
 pub(super) const MAIN: u32 = 254;
@@ -50,14 +50,14 @@ pub(super) fn plan_removal(observed: &Observed) -> Vec<Step> {
     let marked = |link: &&Link| link.source_validation.is_some_and(|validation| validation.src_valid_mark == SYSCTL_ON);
     steps.extend(observed.links.iter().filter(marked).map(|link| source_mark(&link.name, 0)));
     let devices = observed.links.iter().filter(|link| link.ours);
-    steps.extend(devices.map(|link| remove(Change::Device(link.name.clone()))));
+    steps.extend(devices.map(|link| remove(Change::device(link))));
     steps
 }
 
 fn plan_tunnel(observed: &Observed, tunnel: &Tunnel, steps: &mut Vec<Step>) {
-    let link = observed.link(&tunnel.name).filter(|link| link.ours);
+    let link = observed.links.iter().find(|link| is_device(link, tunnel));
     if link.is_none() {
-        steps.push(add(Change::Device(tunnel.name.clone())));
+        steps.push(add(Change::Device { name: tunnel.name.clone(), tap: tunnel.gateway.is_some() }));
     }
     let set = link.is_some_and(|link| {
         link.up
@@ -65,6 +65,7 @@ fn plan_tunnel(observed: &Observed, tunnel: &Tunnel, steps: &mut Vec<Step>) {
             && link.queue == super::tun::QUEUE
             && !link.multicast
             && (link.address_generation_off || !link.ipv6)
+            && tunnel.gateway.is_none_or(|gateway| is_closed(link, &gateway))
     });
     if !set {
         steps.push(Step { action: Action::Set, change: Change::Settings(tunnel.clone()) });
@@ -80,6 +81,25 @@ fn plan_tunnel(observed: &Observed, tunnel: &Tunnel, steps: &mut Vec<Step>) {
             steps.push(add(Change::Address { device: tunnel.name.clone(), address }));
         }
     }
+    if let Some(gateway) = tunnel.gateway {
+        let known = |neighbour: &Neighbour| neighbour.address == gateway.address && neighbour.mac == gateway.mac;
+        let there = link.is_some_and(|l| observed.neighbours.iter().any(|n| n.index == l.index && known(n)));
+        if !there {
+            let change = Change::Neighbour { device: tunnel.name.clone(), gateway };
+            steps.push(Step { action: Action::Set, change });
+        }
+    }
+}
+
+/// Whether this is the device: ours, and of the right kind.
+pub(super) fn is_device(link: &Link, tunnel: &Tunnel) -> bool {
+    link.ours && link.name == tunnel.name && link.mac.is_some() == tunnel.gateway.is_some()
+}
+
+/// Has its own address, tells nobody which addresses this machine has, and takes answers of anybody.
+fn is_closed(link: &Link, gateway: &Gateway) -> bool {
+    let loose = |validation: SourceValidation| validation.rp_filter == LOOSE;
+    link.mac == Some(gateway.own_mac) && !link.arp && link.source_validation.is_none_or(loose)
 }
 
 /// Whether the tunnel carries IPv6. Where it has none, or the administrator disabled it for new devices, it is refused instead.
@@ -99,7 +119,11 @@ fn routes(observed: &Observed, desired: &Desired) -> Vec<Route> {
     };
     match (&desired.tunnel, held(observed, desired)) {
         (Some(tunnel), _) => {
-            routes.push(through(Family::V4, &tunnel.name));
+            let mut route = through(Family::V4, &tunnel.name);
+            if let Some(gateway) = tunnel.gateway {
+                route.target = Target::Gateway(gateway.address, tunnel.name.clone());
+            }
+            routes.push(route);
             if has_ipv6(observed, tunnel) {
                 routes.push(through(Family::V6, &tunnel.name));
             }
@@ -141,6 +165,11 @@ fn rules(observed: &Observed, desired: &Desired) -> Vec<Rule> {
     };
     for family in families(observed) {
         rules.push(Rule { mark: Some((MARK, u32::MAX)), ..any(family, 0) });
+        if let Some(gateway) = desired.tunnel.as_ref().and_then(|t| t.gateway).filter(|_| family == Family::V4) {
+            // Before the exceptions: local networks may hold its address.
+            let to = Some(IpAddr::V4(gateway.address).into());
+            rules.push(Rule { to, verdict: Verdict::Lookup(TABLE), ..any(family, 0) });
+        }
         for user in &exceptions.users {
             rules.push(Rule { users: Some((*user, *user)), ..any(family, 1) });
         }
@@ -165,8 +194,11 @@ fn rules(observed: &Observed, desired: &Desired) -> Vec<Rule> {
         // Where the main table has no way for the daemon's own connections, the tunnel is none: they would come back to it.
         let marked = Some((MARK, u32::MAX));
         rules.push(Rule { mark: marked, verdict: Verdict::Unreachable, ..any(family, RULE_PRIORITIES - 2) });
-        let verdict = Verdict::Lookup(TABLE);
-        rules.push(Rule { protocol: Some(TCP), verdict, ..any(family, RULE_PRIORITIES - 1) });
+        let steered = Rule { verdict: Verdict::Lookup(TABLE), ..any(family, RULE_PRIORITIES - 1) };
+        rules.push(Rule { protocol: Some(TCP), ..steered.clone() });
+        if desired.steer_dns {
+            rules.push(Rule { protocol: Some(UDP), ports: Some((53, 53)), ..steered });
+        }
     }
     // The kernel would take a rule twice and give it back twice.
     let mut unique: Vec<Rule> = Vec::with_capacity(rules.len());
@@ -219,7 +251,7 @@ const fn remove(change: Change) -> Step {
 #[cfg(test)]
 #[allow(clippy::unwrap_used, clippy::panic, reason = "tests")]
 pub(super) mod tests {
-    use super::super::desired::Forward;
+    use super::super::desired::{Control, Forward};
     use super::super::observed::{Address, Kind};
     use super::*;
 
@@ -237,6 +269,8 @@ pub(super) mod tests {
             mtu: 1500,
             queue: 1000,
             multicast: true,
+            arp: true,
+            mac: Some([2, 0, 0, 0, 0, index.to_le_bytes()[0]]),
             address_generation_off: false,
             source_validation: Some(SourceValidation { rp_filter, src_valid_mark }),
             has_ipv6: true,
@@ -274,6 +308,19 @@ pub(super) mod tests {
         }
     }
 
+    /// A TAP device with a router behind it.
+    pub(in crate::net) fn routed() -> Desired {
+        let gateway = Gateway {
+            address: "10.10.10.1".parse().unwrap(),
+            mac: [2, 0, 0, 0, 1, 1],
+            own_mac: [2, 0, 0, 0, 1, 2],
+            control: Control { port: 9051, user: 990 },
+        };
+        let (v4, gateway) = ("10.10.10.2/30".parse().unwrap(), Some(gateway));
+        let tunnel = Tunnel { name: "tap0".to_owned(), v4, v6: None, mtu: 1500, gateway };
+        Desired { tunnel: Some(tunnel), steer_dns: true, ..desired() }
+    }
+
     fn text(steps: &[Step]) -> String {
         steps.iter().map(|step| step.line() + "\n").collect()
     }
@@ -284,15 +331,26 @@ pub(super) mod tests {
             let add = step.action == Action::Add;
             let index = |o: &Observed, name: &str| o.link(name).unwrap().index;
             match step.change.clone() {
-                Change::Device(name) if add => {
+                Change::Device { name, tap } if add => {
                     let ipv6 = observed.ipv6_for_new;
-                    observed.links.push(Link { ours: true, ipv6, up: false, ..link(9, &name, 0, 0) });
+                    let mac = tap.then_some([2; 6]);
+                    observed.links.push(Link { ours: true, ipv6, mac, up: false, ..link(9, &name, 0, 0) });
                 }
-                Change::Device(name) => observed.links.retain(|link| link.name != name),
+                Change::Device { name, .. } => observed.links.retain(|link| link.name != name),
                 Change::Settings(t) => {
                     let link = observed.links.iter_mut().find(|link| link.name == t.name).unwrap();
                     (link.up, link.mtu, link.queue) = (true, u32::from(t.mtu), super::super::tun::QUEUE);
                     (link.address_generation_off, link.multicast) = (true, false);
+                    if let Some(gateway) = t.gateway {
+                        (link.mac, link.arp) = (Some(gateway.own_mac), false);
+                        link.source_validation.as_mut().unwrap().rp_filter = LOOSE;
+                    }
+                }
+                Change::Neighbour { device, gateway } => {
+                    let index = index(observed, &device);
+                    let (address, mac) = (gateway.address, gateway.mac);
+                    observed.neighbours.retain(|neighbour| neighbour.index != index);
+                    observed.neighbours.push(Neighbour { index, address, mac });
                 }
                 Change::Address { device, address } => {
                     let index = index(observed, &device);
@@ -351,6 +409,67 @@ rule add -6 priority 3731 ipproto tcp lookup 7376750 protocol 112
         apply(&mut observed, &steps);
         assert_eq!(plan_removal(&observed), vec![]);
         assert_eq!((observed.rules.len(), observed.routes.len(), observed.links), (0, 0, machine().links));
+    }
+
+    #[test]
+    fn from_nothing_to_a_router_behind_the_device() {
+        let expected = "\
+link add tap0 type tap
+link set tap0 mtu 1500 txqueuelen 10000 addrgenmode none multicast off arp off rp_filter 2 address 02:00:00:00:01:02 up
+address add 10.10.10.2/30 dev tap0 noprefixroute
+link set 10.10.10.1 lladdr 02:00:00:00:01:01 dev tap0 nud permanent
+route add unreachable default table 7376750 proto 112 metric 4294967295
+route add -6 unreachable default table 7376750 proto 112 metric 4294967295
+route add default via 10.10.10.1 dev tap0 onlink table 7376750 proto 112 metric 1
+rule add priority 3700 fwmark 0x7076706e/0xffffffff lookup main protocol 112
+rule add priority 3700 to 10.10.10.1/32 lookup 7376750 protocol 112
+rule add priority 3702 to 10.0.0.0/8 lookup main protocol 112
+rule add priority 3730 fwmark 0x7076706e/0xffffffff unreachable protocol 112
+rule add priority 3731 ipproto tcp lookup 7376750 protocol 112
+rule add priority 3731 ipproto udp dport 53 lookup 7376750 protocol 112
+rule add -6 priority 3700 fwmark 0x7076706e/0xffffffff lookup main protocol 112
+rule add -6 priority 3730 fwmark 0x7076706e/0xffffffff unreachable protocol 112
+rule add -6 priority 3731 ipproto tcp lookup 7376750 protocol 112
+rule add -6 priority 3731 ipproto udp dport 53 lookup 7376750 protocol 112
+";
+        let (mut observed, mut desired) = (machine(), routed());
+        desired.exceptions.lan = vec!["10.0.0.0/8".parse().unwrap()];
+        let steps = plan(&observed, &desired);
+        assert_eq!(text(&steps), expected);
+        apply(&mut observed, &steps);
+        assert_eq!(text(&plan(&observed, &desired)), "", "a second plan is empty");
+        // DNS has no other way while there is no device.
+        let (connected, blocked) = (observed.clone(), Desired { tunnel: None, ..desired.clone() });
+        let steps = plan(&observed, &blocked);
+        let gone = "rule remove priority 3700 to 10.10.10.1/32 lookup 7376750 protocol 112
+route remove default via 10.10.10.1 dev tap0 onlink table 7376750 proto 112 metric 1
+";
+        assert_eq!(text(&steps), gone);
+        apply(&mut observed, &steps);
+        assert_eq!(text(&plan(&observed, &blocked)), "");
+        assert!(text(&plan_removal(&observed)).ends_with("link remove tap0 type tap\n"));
+
+        type Edit = fn(&mut Observed);
+        let settings = "link set tap0 mtu 1500 txqueuelen 10000 addrgenmode none multicast off arp off rp_filter 2 address 02:00:00:00:01:02 up\n";
+        let neighbour = "link set 10.10.10.1 lladdr 02:00:00:00:01:01 dev tap0 nud permanent\n";
+        let cases: [(&str, Edit, &str); 6] = [
+            ("the neighbour is gone", |o| o.neighbours.clear(), neighbour),
+            ("another neighbour", |o| o.neighbours[0].mac[5] = 9, neighbour),
+            ("another MAC address", |o| o.links[2].mac = Some([2; 6]), settings),
+            ("it answers ARP", |o| o.links[2].arp = true, settings),
+            (
+                "strict filtering",
+                |o| o.links[2].source_validation = Some(SourceValidation { rp_filter: 1, src_valid_mark: 0 }),
+                settings,
+            ),
+            ("a TUN device in its place", |o| o.links[2].mac = None, "link add tap0 type tap\n"),
+        ];
+        for (name, edit, expected) in cases {
+            let mut observed = connected.clone();
+            edit(&mut observed);
+            let steps = text(&plan(&observed, &desired));
+            assert!(steps.starts_with(expected) && (steps == expected || name.contains("TUN")), "{name}: {steps}");
+        }
     }
 
     #[test]

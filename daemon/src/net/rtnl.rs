@@ -8,24 +8,25 @@ use futures_util::StreamExt;
 use ipnet::IpNet;
 use rtnetlink::Handle;
 use rtnetlink::packet_core::{
-    DefaultNla, NLM_F_ACK, NLM_F_CREATE, NLM_F_DUMP, NLM_F_REQUEST, NetlinkMessage, NetlinkPayload,
+    DefaultNla, NLM_F_ACK, NLM_F_CREATE, NLM_F_DUMP, NLM_F_REPLACE, NLM_F_REQUEST, NetlinkMessage, NetlinkPayload,
 };
 use rtnetlink::packet_route::address::{AddressAttribute, AddressFlags, AddressMessage, AddressScope};
 use rtnetlink::packet_route::link::{
     AfSpecInet, AfSpecInet6, AfSpecUnspec, In6AddrGenMode, InfoKind, LinkAttribute, LinkFlags, LinkInfo, LinkMessage,
 };
+use rtnetlink::packet_route::neighbour::{NeighbourAddress, NeighbourAttribute, NeighbourMessage, NeighbourState};
 use rtnetlink::packet_route::route::{
-    RouteAddress, RouteAttribute, RouteMessage, RouteProtocol, RouteScope, RouteType, RouteVia,
+    RouteAddress, RouteAttribute, RouteFlags, RouteMessage, RouteProtocol, RouteScope, RouteType, RouteVia,
 };
 use rtnetlink::packet_route::rule::{RuleAction, RuleAttribute, RuleMessage, RulePortRange, RuleUidRange};
 use rtnetlink::packet_route::{AddressFamily, IpProtocol, RouteNetlinkMessage};
 use rtnetlink::proto::Connection;
 use rtnetlink::sys::AsyncSocket as _;
 
-use super::desired::{ROUTE_PROTOCOL, RULE_PRIORITIES, RULE_PRIORITY, TABLE};
-use super::observed::{Address, Hop, Kind, Link, MainRoute, SourceValidation};
+use super::desired::{Gateway, ROUTE_PROTOCOL, RULE_PRIORITIES, RULE_PRIORITY, TABLE, Tunnel};
+use super::observed::{Address, Hop, Kind, Link, MainRoute, Neighbour, SourceValidation};
 use super::plan::MAIN;
-use super::step::{Family, Route, Rule, Target, Verdict};
+use super::step::{Family, LOOSE, Route, Rule, Target, Verdict};
 
 /// Alias (`IFLA_IFALIAS`) that tells that a TUN device is ours.
 pub(super) const ALIAS: &str = "proxyvpn";
@@ -40,6 +41,9 @@ const WITHOUT_IP: [u16; 5] = [280, 804, 805, 824, 826];
 
 /// How long the kernel may take for one request: it answers in microseconds, or waits for a driver.
 const TIMEOUT: Duration = Duration::from_secs(20);
+
+/// `IPV4_DEVCONF_RP_FILTER`.
+const RP_FILTER: u16 = 8;
 
 /// Opens the connection, to be driven by a task. An end of an answer must be seen: silence is not success.
 #[allow(clippy::type_complexity, reason = "of the crate")]
@@ -56,6 +60,11 @@ pub(super) fn connect() -> io::Result<(Connection<RouteNetlinkMessage>, Handle)>
 pub(super) async fn request(handle: &Handle, message: RouteNetlinkMessage, create: bool) -> io::Result<()> {
     let flags = NLM_F_REQUEST | NLM_F_ACK | if create { NLM_F_CREATE } else { 0 };
     exchange(handle, message, flags, drop).await
+}
+
+/// Puts something there, in place of what may be.
+pub(super) async fn replace(handle: &Handle, message: RouteNetlinkMessage) -> io::Result<()> {
+    exchange(handle, message, NLM_F_REQUEST | NLM_F_ACK | NLM_F_CREATE | NLM_F_REPLACE, drop).await
 }
 
 /// Reads a whole list.
@@ -240,6 +249,7 @@ pub(super) fn route_message(route: &Route, device: Option<u32>) -> RouteMessage 
     (header.kind, header.scope) = match (&route.target, route.family) {
         (Target::Device(_), Family::V4) => (RouteType::Unicast, RouteScope::Link),
         (Target::Device(_), Family::V6) => (RouteType::Unicast, RouteScope::Universe),
+        (Target::Gateway(..), _) => (RouteType::Unicast, RouteScope::Universe),
         (Target::Unreachable, _) => (RouteType::Unreachable, RouteScope::Universe),
     };
     if let Some(net) = route.to {
@@ -249,6 +259,10 @@ pub(super) fn route_message(route: &Route, device: Option<u32>) -> RouteMessage 
     message.attributes.push(RouteAttribute::Table(TABLE));
     message.attributes.push(RouteAttribute::Priority(route.metric));
     message.attributes.extend(device.map(RouteAttribute::Oif));
+    if let Target::Gateway(address, _) = &route.target {
+        message.attributes.push(RouteAttribute::Gateway(RouteAddress::Inet(*address)));
+        message.header.flags = RouteFlags::Onlink;
+    }
     message
 }
 
@@ -256,11 +270,13 @@ pub(super) fn route_message(route: &Route, device: Option<u32>) -> RouteMessage 
 pub(super) fn parse_route(message: &RouteMessage, links: &[Link]) -> Option<Result<Route, ()>> {
     let family = family(message.header.address_family)?;
     let (mut table, mut metric, mut device, mut to) = (u32::from(message.header.table), 0, None, None);
+    let mut gateway = None;
     for attribute in &message.attributes {
         match attribute {
             RouteAttribute::Table(value) => table = *value,
             RouteAttribute::Priority(value) => metric = *value,
             RouteAttribute::Oif(index) => device = Some(*index),
+            RouteAttribute::Gateway(RouteAddress::Inet(address)) => gateway = Some(*address),
             RouteAttribute::Destination(value) => {
                 to = route_address(value).and_then(|a| IpNet::new(a, message.header.destination_prefix_length).ok());
             }
@@ -273,13 +289,12 @@ pub(super) fn parse_route(message: &RouteMessage, links: &[Link]) -> Option<Resu
     if u8::from(message.header.protocol) != ROUTE_PROTOCOL {
         return Some(Err(()));
     }
-    let target = match (message.header.kind, device) {
-        (RouteType::Unicast, Some(index)) => Target::Device(
-            links
-                .iter()
-                .find(|link| link.index == index)
-                .map_or_else(|| format!("if{index}"), |link| link.name.clone()),
-        ),
+    let name = |index| {
+        links.iter().find(|link| link.index == index).map_or_else(|| format!("if{index}"), |link| link.name.clone())
+    };
+    let target = match (message.header.kind, device, gateway) {
+        (RouteType::Unicast, Some(index), None) => Target::Device(name(index)),
+        (RouteType::Unicast, Some(index), Some(gateway)) => Target::Gateway(gateway, name(index)),
         _ => Target::Unreachable,
     };
     Some(Ok(Route { family, to, target, metric }))
@@ -373,6 +388,44 @@ pub(super) fn parse_address(message: &AddressMessage) -> Option<Address> {
     Some(Address { index: message.header.index, address: IpNet::new(address, message.header.prefix_len).ok()? })
 }
 
+/// The address of the router behind a device as a message.
+pub(super) fn neighbour_message(index: u32, gateway: &Gateway) -> NeighbourMessage {
+    let mut message = NeighbourMessage::default();
+    message.header.family = AddressFamily::Inet;
+    message.header.ifindex = index;
+    message.header.state = NeighbourState::Permanent;
+    message.header.kind = RouteType::Unicast;
+    message.attributes = vec![
+        NeighbourAttribute::Destination(NeighbourAddress::Inet(gateway.address)),
+        NeighbourAttribute::LinkLayerAddress(gateway.mac.to_vec()),
+    ];
+    message
+}
+
+/// A dump request for the neighbours on one device; others may come too.
+pub(super) fn neighbours_of(index: u32) -> RouteNetlinkMessage {
+    let mut message = NeighbourMessage::default();
+    message.header.family = AddressFamily::Inet;
+    message.attributes.push(NeighbourAttribute::IfIndex(index));
+    RouteNetlinkMessage::GetNeighbour(message)
+}
+
+/// A neighbour as read, if it is a permanent one.
+pub(super) fn parse_neighbour(message: &NeighbourMessage) -> Option<Neighbour> {
+    let find = |want: fn(&NeighbourAttribute) -> Option<&[u8]>| message.attributes.iter().find_map(want);
+    let mac = find(|attribute| match attribute {
+        NeighbourAttribute::LinkLayerAddress(mac) => Some(mac),
+        _ => None,
+    });
+    let address = message.attributes.iter().find_map(|attribute| match attribute {
+        NeighbourAttribute::Destination(NeighbourAddress::Inet(address)) => Some(*address),
+        _ => None,
+    });
+    let permanent = message.header.state == NeighbourState::Permanent;
+    let found = Neighbour { index: message.header.ifindex, address: address?, mac: mac?.try_into().ok()? };
+    permanent.then_some(found)
+}
+
 /// A device as read.
 pub(super) fn parse_link(message: &LinkMessage) -> Link {
     let flag = |flag| message.header.flags.contains(flag);
@@ -389,6 +442,8 @@ pub(super) fn parse_link(message: &LinkMessage) -> Link {
         mtu: 0,
         queue: 0,
         multicast: flag(LinkFlags::Multicast),
+        arp: !flag(LinkFlags::Noarp),
+        mac: None,
         address_generation_off: false,
         source_validation: None,
         has_ipv6: false,
@@ -400,6 +455,7 @@ pub(super) fn parse_link(message: &LinkMessage) -> Link {
         match attribute {
             LinkAttribute::IfName(name) => link.name.clone_from(name),
             LinkAttribute::IfAlias(text) => alias = text == ALIAS,
+            LinkAttribute::Address(mac) => link.mac = mac.as_slice().try_into().ok(),
             LinkAttribute::Mtu(mtu) => link.mtu = *mtu,
             LinkAttribute::TxQueueLen(length) => link.queue = *length,
             LinkAttribute::Controller(index) => link.master = Some(*index).filter(|index| *index > 0),
@@ -449,12 +505,21 @@ fn parse_spec(spec: &AfSpecUnspec, link: &mut Link) {
 }
 
 /// Messages that give the tunnel its settings. The kernel looks at flags before anything of IPv6, so up comes last.
-pub(super) fn settings_messages(link: &Link, mtu: u16, queue: u32) -> Vec<LinkMessage> {
+pub(super) fn settings_messages(link: &Link, tunnel: &Tunnel, queue: u32) -> Vec<LinkMessage> {
     let mut settings = link_message(link.index);
-    settings.attributes = vec![LinkAttribute::Mtu(u32::from(mtu)), LinkAttribute::TxQueueLen(queue)];
+    settings.attributes = vec![LinkAttribute::Mtu(u32::from(tunnel.mtu)), LinkAttribute::TxQueueLen(queue)];
+    let mut specs = vec![];
+    if let Some(gateway) = &tunnel.gateway {
+        settings.attributes.push(LinkAttribute::Address(gateway.own_mac.to_vec()));
+        specs.push(parameter(RP_FILTER, LOOSE));
+        settings.header.flags = LinkFlags::Noarp;
+        settings.header.change_mask = LinkFlags::Noarp;
+    }
     if link.ipv6 {
-        let none = AfSpecUnspec::Inet6(vec![AfSpecInet6::AddrGenMode(In6AddrGenMode::None)]);
-        settings.attributes.push(LinkAttribute::AfSpecUnspec(vec![none]));
+        specs.push(AfSpecUnspec::Inet6(vec![AfSpecInet6::AddrGenMode(In6AddrGenMode::None)]));
+    }
+    if !specs.is_empty() {
+        settings.attributes.push(LinkAttribute::AfSpecUnspec(specs));
     }
     let mut up = link_message(link.index);
     up.header.flags = LinkFlags::Up;
@@ -472,15 +537,19 @@ pub(super) fn alias_message(index: u32) -> LinkMessage {
 
 /// A message that sets `src_valid_mark` of a device; /proc/sys is read-only under `ProtectKernelTunables=`.
 pub(super) fn source_mark_message(index: u32, value: u32) -> LinkMessage {
+    let mut message = link_message(index);
+    message.attributes = vec![LinkAttribute::AfSpecUnspec(vec![parameter(SRC_VMARK, value)])];
+    message
+}
+
+/// A kernel parameter of a device (`IPV4_DEVCONF_*`).
+fn parameter(number: u16, value: u32) -> AfSpecUnspec {
     // struct nlattr, then the value; the crate can't send a 0.
     let mut nested = vec![];
     nested.extend(8_u16.to_ne_bytes());
-    nested.extend(SRC_VMARK.to_ne_bytes());
+    nested.extend(number.to_ne_bytes());
     nested.extend(value.to_ne_bytes());
-    let inet = AfSpecUnspec::Inet(vec![AfSpecInet::Other(DefaultNla::new(INET_CONF, nested))]);
-    let mut message = link_message(index);
-    message.attributes = vec![LinkAttribute::AfSpecUnspec(vec![inet])];
-    message
+    AfSpecUnspec::Inet(vec![AfSpecInet::Other(DefaultNla::new(INET_CONF, nested))])
 }
 
 /// A message about one device.

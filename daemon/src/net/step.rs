@@ -1,10 +1,16 @@
 //! One change of the kernel's network state, and its undo.
 
 use std::fmt;
+use std::net::Ipv4Addr;
 
 use ipnet::IpNet;
 
-use super::desired::{ROUTE_PROTOCOL, SYSCTL_ON, TABLE, Tunnel};
+use super::desired::{Gateway, ROUTE_PROTOCOL, SYSCTL_ON, TABLE, Tunnel};
+use super::observed::Link;
+
+/// `rp_filter` of a device with a gateway: who answers from behind it has any address. The way back to a resolver leads there
+/// only for its port, which older kernels do not look for.
+pub(super) const LOOSE: u32 = 2;
 
 /// Groups of steps that are applied together.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -118,6 +124,8 @@ pub(super) struct Route {
 pub(super) enum Target {
     /// Out by this device.
     Device(String),
+    /// To this router behind the device, though no address of the device is in its network.
+    Gateway(Ipv4Addr, String),
     /// Refused as unreachable.
     Unreachable,
 }
@@ -154,10 +162,18 @@ pub(super) enum Verdict {
 /// What a step changes.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum Change {
-    /// The device itself, by name.
-    Device(String),
-    /// MTU, queue length, up.
+    /// The device itself.
+    Device {
+        name: String,
+        tap: bool,
+    },
+    /// MTU, queue length, MAC address, up.
     Settings(Tunnel),
+    /// The MAC address of the router behind the device, which is not asked for it.
+    Neighbour {
+        device: String,
+        gateway: Gateway,
+    },
     Address {
         device: String,
         address: IpNet,
@@ -171,6 +187,23 @@ pub(super) enum Change {
     },
     /// A rule of the firewall, in nft notation. The firewall is always set as a whole.
     Firewall(String),
+}
+
+impl Change {
+    /// A device that is there.
+    pub(super) fn device(link: &Link) -> Self {
+        Self::Device { name: link.name.clone(), tap: link.mac.is_some() }
+    }
+}
+
+/// A MAC address.
+struct Mac([u8; 6]);
+
+impl fmt::Display for Mac {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let [a, b, c, d, e, g] = self.0;
+        write!(f, "{a:02x}:{b:02x}:{c:02x}:{d:02x}:{e:02x}:{g:02x}")
+    }
 }
 
 /// One step of a plan. [`Display`](fmt::Display) gives its object in the notation of `ip`, `nft` or `sysctl`; `-6 ` in
@@ -192,7 +225,9 @@ impl Step {
     #[must_use]
     pub const fn stage(&self) -> Stage {
         match self.change {
-            Change::Device(_) | Change::Settings(_) | Change::Address { .. } => Stage::Tunnel,
+            Change::Device { .. } | Change::Settings(_) | Change::Neighbour { .. } | Change::Address { .. } => {
+                Stage::Tunnel
+            }
             Change::Firewall(_) => Stage::Firewall,
             Change::Route(_) | Change::Rule(_) | Change::SourceMark { .. } => Stage::Routes,
         }
@@ -202,7 +237,7 @@ impl Step {
     #[must_use]
     pub const fn layer(&self) -> Layer {
         match self.change {
-            Change::Device(_) | Change::Settings(_) => Layer::Link,
+            Change::Device { .. } | Change::Settings(_) | Change::Neighbour { .. } => Layer::Link,
             Change::Address { .. } => Layer::Address,
             Change::Firewall(_) => Layer::Nft,
             Change::Route(_) => Layer::Route,
@@ -214,7 +249,7 @@ impl Step {
     /// The step that takes it back. `None`: nothing to take back, because it goes with the device.
     pub(crate) fn inverse(&self) -> Option<Self> {
         let change = match &self.change {
-            Change::Settings(_) => return None,
+            Change::Settings(_) | Change::Neighbour { .. } => return None,
             Change::SourceMark { device, value } => {
                 let value = if *value == 0 { SYSCTL_ON } else { 0 };
                 return Some(Self {
@@ -241,10 +276,18 @@ impl Step {
 impl fmt::Display for Step {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match &self.change {
-            Change::Device(name) => write!(f, "{name} type tun"),
+            Change::Device { name, tap: false } => write!(f, "{name} type tun"),
+            Change::Device { name, tap: true } => write!(f, "{name} type tap"),
             Change::Settings(tunnel) => {
                 let (name, mtu, queue) = (&tunnel.name, tunnel.mtu, super::tun::QUEUE);
-                write!(f, "{name} mtu {mtu} txqueuelen {queue} addrgenmode none multicast off up")
+                write!(f, "{name} mtu {mtu} txqueuelen {queue} addrgenmode none multicast off")?;
+                if let Some(gateway) = &tunnel.gateway {
+                    write!(f, " arp off rp_filter {LOOSE} address {}", Mac(gateway.own_mac))?;
+                }
+                f.write_str(" up")
+            }
+            Change::Neighbour { device, gateway } => {
+                write!(f, "{} lladdr {} dev {device} nud permanent", gateway.address, Mac(gateway.mac))
             }
             Change::Address { device, address } => write!(f, "{address} dev {device} noprefixroute"),
             Change::Route(route) => route.fmt(f),
@@ -265,8 +308,10 @@ impl fmt::Display for Route {
             None => f.write_str("default")?,
             Some(net) => write!(f, "{net}")?,
         }
-        if let Target::Device(name) = &self.target {
-            write!(f, " dev {name}")?;
+        match &self.target {
+            Target::Device(name) => write!(f, " dev {name}")?,
+            Target::Gateway(address, name) => write!(f, " via {address} dev {name} onlink")?,
+            Target::Unreachable => {}
         }
         write!(f, " table {TABLE} proto {ROUTE_PROTOCOL} metric {}", self.metric)
     }

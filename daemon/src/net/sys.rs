@@ -24,12 +24,8 @@ pub(super) fn device(fd: BorrowedFd<'_>) -> io::Result<(Vec<u8>, libc::c_int)> {
     Ok((name, libc::c_int::from(flags)))
 }
 
-/// Turns an open `/dev/net/tun` into a queue of the device `name`. `first`: make the device.
-pub(super) fn attach(file: &File, name: &str, multi_queue: bool, first: bool) -> io::Result<()> {
-    let mut flags = libc::IFF_TUN | libc::IFF_NO_PI | libc::IFF_VNET_HDR;
-    if multi_queue {
-        flags |= libc::IFF_MULTI_QUEUE;
-    }
+/// Turns an open `/dev/net/tun` into a queue of the device `name` with these flags (`IFF_*`). `first`: make the device.
+pub(super) fn attach(file: &File, name: &str, mut flags: libc::c_int, first: bool) -> io::Result<()> {
     if first {
         flags |= EXCLUSIVE;
     }
@@ -48,6 +44,11 @@ pub(super) fn attach(file: &File, name: &str, multi_queue: bool, first: bool) ->
     if unsafe { libc::ioctl(file.as_raw_fd(), libc::TUNSETIFF, &raw mut request) } < 0 {
         return Err(io::Error::last_os_error());
     }
+    Ok(())
+}
+
+/// Lets the kernel leave checksums and segmentation to who reads the queue.
+pub(super) fn offload(file: &File) -> io::Result<()> {
     // SAFETY: TUNSETOFFLOAD takes its argument by value; the descriptor is open.
     if unsafe { libc::ioctl(file.as_raw_fd(), libc::TUNSETOFFLOAD, libc::c_ulong::from(OFFLOADS)) } < 0 {
         return Err(io::Error::last_os_error());

@@ -4,6 +4,8 @@
 use std::fmt;
 use std::future::poll_fn;
 use std::io;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::task::{Context, Poll};
 use std::time::Duration;
 
@@ -15,8 +17,8 @@ use super::Error;
 use super::desired::{NFT_TABLE, TABLE};
 use super::plan::MAIN;
 
-/// RTNLGRP_LINK, addresses, routes and rules of both versions (linux/rtnetlink.h), as bits.
-const ROUTE_GROUPS: u32 = group(1) | group(5) | group(7) | group(8) | group(9) | group(11) | group(19);
+/// RTNLGRP_LINK, neighbours, addresses, routes and rules of both versions (linux/rtnetlink.h), as bits.
+const ROUTE_GROUPS: u32 = group(1) | group(3) | group(5) | group(7) | group(8) | group(9) | group(11) | group(19);
 /// NFNLGRP_NFTABLES (linux/netfilter/nfnetlink.h).
 const NFT_GROUPS: u32 = group(7);
 /// Changes that come together are one, and a flood of noise wakes us no oftener.
@@ -31,6 +33,8 @@ const BUFFER: usize = 1 << 15;
 const RTM_NEWLINK: u16 = 16;
 const RTM_NEWROUTE: u16 = 24;
 const RTM_DELROUTE: u16 = 25;
+const RTM_NEWNEIGH: u16 = 28;
+const RTM_DELNEIGH: u16 = 29;
 const RTM_DELRULE: u16 = 33;
 /// `struct nlmsghdr`.
 const HEADER: usize = 16;
@@ -63,6 +67,8 @@ pub struct Watch {
     nft: Option<TokioSocket>,
     /// Tables of other names count too: those that iptables uses.
     every_table: bool,
+    /// Index of the device whose neighbours matter; 0: none.
+    device: Arc<AtomicU32>,
     buffer: Vec<u8>,
     /// When to look; none: nothing was heard.
     due: Option<Instant>,
@@ -79,13 +85,13 @@ impl fmt::Debug for Watch {
 
 impl Watch {
     /// Must be called within a tokio runtime.
-    pub(super) fn open(every_table: bool) -> Result<Self, Error> {
+    pub(super) fn open(every_table: bool, device: Arc<AtomicU32>) -> Result<Self, Error> {
         let route = subscribe(NETLINK_ROUTE, ROUTE_GROUPS).map_err(Error::Connect)?;
         let nft = subscribe(NETLINK_NETFILTER, NFT_GROUPS)
             .inspect_err(|error| tracing::warn!(%error, "changes of the firewall are not seen at once"))
             .ok();
         let (now, buffer) = (Instant::now(), Vec::with_capacity(BUFFER));
-        Ok(Self { route, nft, every_table, buffer, due: None, rest: now, pace: Pace::new(now) })
+        Ok(Self { route, nft, every_table, device, buffer, due: None, rest: now, pace: Pace::new(now) })
     }
 
     /// Waits until it is time to look. May be dropped while it waits: nothing is lost.
@@ -125,6 +131,7 @@ impl Watch {
     /// Reads all that is there. Ready when something was heard.
     fn poll(&mut self, cx: &mut Context<'_>) -> Poll<()> {
         let mut heard = None;
+        let device = self.device.load(Ordering::Relaxed);
         let mut sockets = [(Some(&self.route), false), (self.nft.as_ref(), true)];
         for (socket, nft) in sockets.iter_mut().filter_map(|(socket, nft)| Some(((*socket)?, *nft))) {
             for count in 0.. {
@@ -132,7 +139,9 @@ impl Watch {
                 let Poll::Ready(read) = socket.poll_recv(cx, &mut self.buffer) else { break };
                 let what = match read {
                     Ok(()) if count < BURST => {
-                        let one = |message| if nft { firewall(message, self.every_table) } else { routing(message) };
+                        let one = |message| {
+                            if nft { firewall(message, self.every_table) } else { routing(message, device) }
+                        };
                         messages(&self.buffer).map(one).max().unwrap_or(Heard::Nothing)
                     }
                     // ENOBUFS: more happened than the socket can hold.
@@ -218,9 +227,14 @@ impl Pace {
     }
 }
 
-/// A message of rtnetlink(7).
-fn routing(message: &[u8]) -> Heard {
+/// A message of rtnetlink(7). `device`: whose neighbours matter.
+fn routing(message: &[u8], device: u32) -> Heard {
     let Some(kind) = u16_at(message, 4) else { return Heard::Now };
+    if kind == RTM_NEWNEIGH || kind == RTM_DELNEIGH {
+        // In struct ndmsg behind the family.
+        let ours = u32_at(message, HEADER + 4).is_none_or(|index| index == device);
+        return if ours { Heard::Now } else { Heard::Nothing };
+    }
     if kind != RTM_NEWROUTE && kind != RTM_DELROUTE {
         return if (RTM_NEWLINK..=RTM_DELRULE).contains(&kind) { Heard::Now } else { Heard::Nothing };
     }
@@ -322,6 +336,8 @@ mod tests {
             (message(32, &[0; 12], &[]), Heard::Now),
             (message(RTM_DELRULE, &[0; 12], &[]), Heard::Now),
             (message(68, &[0; 16], &[]), Heard::Nothing),
+            (message(RTM_DELNEIGH, &[2, 0, 0, 0, 7, 0, 0, 0, 0, 0, 0, 0], &[]), Heard::Now),
+            (message(RTM_NEWNEIGH, &[2, 0, 0, 0, 2, 0, 0, 0, 0, 0, 0, 0], &[]), Heard::Nothing),
             (route(0, 254, 0, &[]), Heard::Now),
             (route(24, 254, 0, &[(1, &[10, 0, 0, 0])]), Heard::Later),
             (route(24, 252, 0, &[(RTA_TABLE, &ours)]), Heard::Now),
@@ -330,7 +346,7 @@ mod tests {
             (route(0, 254, CLONED, &[]), Heard::Nothing),
         ];
         for (message, expected) in cases {
-            assert_eq!(routing(&message), expected, "{message:?}");
+            assert_eq!(routing(&message, 7), expected, "{message:?}");
         }
         let nft = |name: &[u8]| message(0x0a07, &[1, 0, 0, 0], &[(NFTA_NAME, name)]);
         assert_eq!(firewall(&nft(b"proxyvpn\0"), false), Heard::Now);
@@ -345,13 +361,13 @@ mod tests {
             [route(24, 252, 0, &[(1, &[10, 0, 0, 0]), (RTA_TABLE, &TABLE.to_ne_bytes())]), vec![3; 40]].concat();
         for length in 0..whole.len() {
             for message in messages(&whole[..length]) {
-                let _ = (routing(message), firewall(message, false));
+                let _ = (routing(message, 7), firewall(message, false));
             }
         }
         // An attribute without a length ends the search.
         assert_eq!(attribute(&[0; 64], 0, 1), None);
         assert_eq!(messages(&[0; 64]).count(), 0);
-        assert_eq!(messages(&whole).map(routing).max(), Some(Heard::Now));
+        assert_eq!(messages(&whole).map(|message| routing(message, 7)).max(), Some(Heard::Now));
     }
 
     #[test]

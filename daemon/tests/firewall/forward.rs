@@ -82,9 +82,9 @@ impl Forwarding {
     fn devices(&self) -> Devices {
         let names = |names: &[&str]| names.iter().map(|name| (*name).to_owned()).collect();
         if self.bridged {
-            Devices { uplinks: names(&["up0"]), inner: names(&["in0"]) }
+            Devices { uplinks: names(&["up0"]), inner: names(&["in0"]), routed: vec![] }
         } else {
-            Devices { uplinks: names(&["up0", "ct0"]), inner: vec![] }
+            Devices { uplinks: names(&["up0", "ct0"]), inner: vec![], routed: vec![] }
         }
     }
 

@@ -69,7 +69,7 @@ fn apply(world: &World, backend: &Backend, desired: &Desired, devices: &Devices)
 
 fn devices_with(more: &[&str]) -> Devices {
     let uplinks = more.iter().map(|name| (*name).to_owned()).chain(devices().uplinks);
-    Devices { uplinks: uplinks.collect(), inner: vec![] }
+    Devices { uplinks: uplinks.collect(), inner: vec![], routed: vec![] }
 }
 
 #[test]

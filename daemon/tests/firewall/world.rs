@@ -257,5 +257,5 @@ pub(crate) fn desired() -> Desired {
 
 /// Those of the host that lead out.
 pub(crate) fn devices() -> Devices {
-    Devices { uplinks: vec!["up0".to_owned(), "ct0".to_owned()], inner: vec![] }
+    Devices { uplinks: vec!["up0".to_owned(), "ct0".to_owned()], inner: vec![], routed: vec![] }
 }

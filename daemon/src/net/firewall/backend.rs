@@ -119,7 +119,8 @@ static SAMPLE: LazyLock<Ruleset> = LazyLock::new(|| {
         forward: Forward::Tunnel,
         iptables_fallback: false,
     };
-    let devices = Devices { uplinks: vec!["lo".to_owned()], inner: vec!["docker0".to_owned()] };
+    let devices =
+        Devices { uplinks: vec!["lo".to_owned()], inner: vec!["docker0".to_owned()], routed: vec!["pvpn1".to_owned()] };
     compile(&desired, &[], &devices)
 });
 

@@ -6,7 +6,7 @@ use ipnet::IpNet;
 
 use super::rules::{Action, Chain, Family, Hook, Kind, Match, Policy, Protocol, Rule, Ruleset, Timeout};
 use crate::net::{
-    desired::{Desired, Forward, Locked, MARK},
+    desired::{Desired, Forward, Locked, MARK, Tunnel},
     devices::Devices,
 };
 
@@ -54,14 +54,17 @@ pub fn compile(desired: &Desired, sessions: &[(SocketAddr, SocketAddr)], devices
         chain("input", Kind::Filter, Hook::Input, PRIORITY_FILTER, Policy::Accept, input(desired)),
         chain("output", Kind::Route, Hook::Output, PRIORITY_MANGLE, Policy::Accept, output(desired, sessions, devices)),
     ];
+    let filter = filter_output(desired, devices);
+    let filter = chain("filter_output", Kind::Filter, Hook::Output, PRIORITY_FILTER, Policy::Accept, filter);
     if desired.killswitch {
-        let (forward, filter, last) =
-            (forward(desired, devices), filter_output(desired, devices), postrouting(desired, devices));
+        let (forward, last) = (forward(desired, devices), postrouting(desired, devices));
         chains.extend([
             chain("forward", Kind::Filter, Hook::Forward, PRIORITY_FILTER, Policy::Drop, forward),
-            chain("filter_output", Kind::Filter, Hook::Output, PRIORITY_FILTER, Policy::Accept, filter),
+            filter,
             chain("postrouting", Kind::Filter, Hook::Postrouting, PRIORITY_LAST, Policy::Drop, last),
         ]);
+    } else {
+        chains.push(filter);
     }
     let policy = if desired.killswitch { Policy::Drop } else { Policy::Accept };
     chains.extend(devices.uplinks.iter().map(|name| {
@@ -73,7 +76,8 @@ pub fn compile(desired: &Desired, sessions: &[(SocketAddr, SocketAddr)], devices
 
 /// Marks what comes from outside for this machine itself, and what comes back for those behind it.
 fn prerouting(desired: &Desired, devices: &Devices) -> Vec<Rule> {
-    let mut rules: Vec<Rule> = own_devices(desired).map(|name| rule(vec![Match::Iif(name)], Action::Accept)).collect();
+    let mut rules = from_gateway(desired, devices);
+    rules.extend(own_devices(desired).map(|name| rule(vec![Match::Iif(name)], Action::Accept)));
     // TCP with a SYN only: with UDP, or a connection picked up in its middle, the far end of an older connection of ours
     // could speak first and look like the one who began. For this machine only: what it says of others' is no answer.
     let begins = [Match::Syn, Match::CtNew, Match::CtMark(0), Match::ToLocal];
@@ -97,6 +101,73 @@ fn prerouting(desired: &Desired, devices: &Devices) -> Vec<Rule> {
     rules
 }
 
+/// Of what comes in by a TAP device of ours, only what answers goes on: TCP, DNS, and that something can't be reached. So nothing
+/// that is begun behind it gets to this machine or through it, whatever the other chains say.
+fn from_gateway(desired: &Desired, devices: &Devices) -> Vec<Rule> {
+    let tunnel = desired.tunnel.iter().filter(|tunnel| tunnel.gateway.is_some()).map(|tunnel| &tunnel.name);
+    let others =
+        devices.routed.iter().filter(|name| desired.tunnel.as_ref().is_none_or(|tunnel| tunnel.name != **name));
+    let answers = [Match::Protocol(Protocol::Tcp), Match::SourcePort(Protocol::Udp, 53), Match::IcmpType(UNREACHABLE)];
+    let mut rules: Vec<Rule> = tunnel
+        .chain(others)
+        .flat_map(|name| {
+            let from = |what: &Match| vec![what.clone(), Match::Iif(name.clone()), Match::CtReply];
+            let dropped = rule(vec![Match::Iif(name.clone())], Action::Drop);
+            answers.iter().map(from).map(|matches| rule(matches, Action::Accept)).chain([dropped]).collect::<Vec<_>>()
+        })
+        .collect();
+    // This machine's own packets do not come by here.
+    rules.extend(control(desired).map(|matches| rule(matches, Action::Drop)));
+    rules
+}
+
+/// What begins a connection to the service of the gateway that is not for everybody.
+fn control(desired: &Desired) -> Option<Vec<Match>> {
+    let gateway = desired.tunnel.as_ref()?.gateway?;
+    let to = Match::Destination(IpAddr::V4(gateway.address).into());
+    Some(vec![to, Match::DestinationPort(Protocol::Tcp, gateway.control.port)])
+}
+
+/// What may go into the tunnel. With a gateway that is what it takes, from the device's own address, which tells nothing of
+/// this machine's others; the rest is refused.
+fn into_tunnel(desired: &Desired, tunnel: &Tunnel, refuse: Refuse) -> Vec<Rule> {
+    let oif = || Match::Oif(tunnel.name.clone());
+    let Some(gateway) = tunnel.gateway else { return vec![rule(vec![oif()], accept(desired))] };
+    let own = || Match::Source(IpAddr::V4(tunnel.v4.addr()).into());
+    // The device that is seen in `output` is that of before a mark led elsewhere.
+    let mut rules = vec![rule(vec![Match::Mark], Action::Accept)];
+    // Only a socket that a program holds has a user, and a SYN has such. Without one nobody gets an answer there.
+    let begin: Vec<Match> = control(desired).into_iter().flatten().chain([oif(), Match::Syn]).collect();
+    rules.push(rule([&begin[..], &[own(), Match::User(gateway.control.user)]].concat(), accept(desired)));
+    rules.push(rule(begin, if refuse == Refuse::Silently { Action::Drop } else { Action::RejectReset }));
+    for what in [Match::Protocol(Protocol::Tcp), Match::DestinationPort(Protocol::Udp, 53)] {
+        rules.push(rule(vec![what, oif(), own()], accept(desired)));
+    }
+    rules.extend(refuse.rules(&[oif()]));
+    rules
+}
+
+/// How what may not leave is refused.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Refuse {
+    /// So that programs fail at once.
+    AtOnce,
+    /// By dropping it.
+    Silently,
+}
+
+impl Refuse {
+    /// Refuses what matches.
+    fn rules(self, matches: &[Match]) -> Vec<Rule> {
+        if self == Self::Silently {
+            return vec![rule(matches.to_vec(), Action::Drop)];
+        }
+        let of = |protocol, action| rule([&[Match::Protocol(protocol)], matches].concat(), action);
+        let others = rule(matches.to_vec(), Action::RejectProhibited);
+        vec![of(Protocol::Tcp, Action::RejectReset), of(Protocol::Udp, Action::RejectPort), others]
+    }
+}
+
 /// The tunnel's address answers on the tunnel only (CVE-2019-14899).
 fn input(desired: &Desired) -> Vec<Rule> {
     if desired.guarded.is_empty() {
@@ -117,6 +188,7 @@ fn output(desired: &Desired, sessions: &[(SocketAddr, SocketAddr)], devices: &De
         .chain([Match::Mark])
         .map(|which| rule(vec![Match::Protocol(Protocol::Tcp), Match::CtNew, which], Action::SetTimeout(TIMEOUT.name)))
         .collect();
+    rules.extend(to_itself(desired, devices));
     if !desired.inbound_replies && !devices.inner.is_empty() {
         rules.push(rule(vec![Match::CtReply, Match::CtMark(INNER_CT_MARK)], Action::SetMark(MARK)));
     }
@@ -143,6 +215,20 @@ fn output(desired: &Desired, sessions: &[(SocketAddr, SocketAddr)], devices: &De
     rules
 }
 
+/// Who is behind a TAP device of ours speaks through sockets with our mark, and must not reach this machine. Here a mark is still
+/// that of the socket.
+fn to_itself(desired: &Desired, devices: &Devices) -> Vec<Rule> {
+    if devices.routed.is_empty() && desired.tunnel.as_ref().is_none_or(|tunnel| tunnel.gateway.is_none()) {
+        return vec![];
+    }
+    let itself = [Match::Oif("lo".to_owned()), Match::Mark];
+    let services = desired.exceptions.services.iter().map(|service| {
+        let (to, port) = (service.ip().to_canonical().into(), service.port());
+        [vec![Match::Destination(to), Match::DestinationPort(Protocol::Tcp, port)], itself.to_vec()].concat()
+    });
+    services.map(|matches| rule(matches, Action::Accept)).chain([rule(itself.to_vec(), Action::Drop)]).collect()
+}
+
 /// What this machine forwards. What is accepted here gets our mark where the chains behind would not know it.
 fn forward(desired: &Desired, devices: &Devices) -> Vec<Rule> {
     let mut rules = vec![];
@@ -150,8 +236,14 @@ fn forward(desired: &Desired, devices: &Devices) -> Vec<Rule> {
     if let Some(tunnel) = desired.tunnel.as_ref().filter(|_| desired.forwards()) {
         let (into, back) = (Match::Oif(tunnel.name.clone()), Match::Iif(tunnel.name.clone()));
         rules.push(rule(vec![tcp(), into.clone(), Match::CtNew], Action::SetTimeout(TIMEOUT.name)));
-        rules.push(rule(vec![tcp(), into], accept(desired)));
-        rules.extend(pass(&[tcp(), back, Match::CtReply]));
+        rules.push(rule(vec![tcp(), into.clone()], accept(desired)));
+        rules.extend(pass(&[tcp(), back.clone(), Match::CtReply]));
+        if tunnel.gateway.is_some() {
+            rules.push(rule(vec![Match::DestinationPort(Protocol::Udp, 53), into], accept(desired)));
+            for answer in [Match::SourcePort(Protocol::Udp, 53), Match::IcmpType(UNREACHABLE)] {
+                rules.extend(pass(&[answer, back.clone(), Match::CtReply]));
+            }
+        }
     }
     // With bridge-nf-call-iptables what one port of a bridge sends to another comes here too.
     for name in &devices.inner {
@@ -183,11 +275,12 @@ fn pass(matches: &[Match]) -> [Rule; 2] {
 
 /// Refuses at once, so that programs fail fast. The device that is seen here can be stale; `postrouting` decides.
 fn filter_output(desired: &Desired, devices: &Devices) -> Vec<Rule> {
-    let mut rules = leaving(desired, devices);
-    rules.push(rule(vec![Match::Protocol(Protocol::Tcp)], Action::RejectReset));
-    rules.push(rule(vec![Match::Protocol(Protocol::Udp)], Action::RejectPort));
-    rules.push(rule(vec![], Action::RejectProhibited));
-    rules
+    let refuse = Refuse::AtOnce;
+    if desired.killswitch {
+        return leaving(desired, devices, refuse).into_iter().chain(refuse.rules(&[])).collect();
+    }
+    let gateway = desired.tunnel.iter().filter(|tunnel| tunnel.gateway.is_some());
+    gateway.flat_map(|tunnel| into_tunnel(desired, tunnel, refuse)).collect()
 }
 
 /// Drops by the final device whatever is not allowed, also what was forwarded.
@@ -195,7 +288,7 @@ fn postrouting(desired: &Desired, devices: &Devices) -> Vec<Rule> {
     // The daemon's own connections into its own tunnel would come back to it, without an end.
     let tunnel = desired.tunnel.iter().map(|tunnel| vec![Match::Oif(tunnel.name.clone()), Match::Mark]);
     let mut rules: Vec<Rule> = tunnel.map(|matches| rule(matches, Action::Drop)).collect();
-    rules.extend(leaving(desired, devices));
+    rules.extend(leaving(desired, devices, Refuse::Silently));
     rules.push(rule(vec![], Action::Drop));
     rules
 }
@@ -225,10 +318,11 @@ fn guarded(desired: &Desired) -> impl Iterator<Item = Rule> {
     desired.guarded.iter().map(move |address| rule(tells(address), Action::Drop))
 }
 
-/// What may leave through the IP layer. To the lock the daemon's own says itself what it is.
-pub(super) fn leaving(desired: &Desired, devices: &Devices) -> Vec<Rule> {
+/// What may leave through the IP layer, and how what may not go into the tunnel is refused. To the lock the daemon's own says
+/// itself what it is.
+pub(super) fn leaving(desired: &Desired, devices: &Devices, refuse: Refuse) -> Vec<Rule> {
     let mut rules = vec![rule(vec![Match::Oif("lo".to_owned())], Action::Accept)];
-    rules.extend(desired.tunnel.iter().map(|tunnel| rule(vec![Match::Oif(tunnel.name.clone())], accept(desired))));
+    rules.extend(desired.tunnel.iter().flat_map(|tunnel| into_tunnel(desired, tunnel, refuse)));
     rules.push(rule(vec![Match::Mark], Action::Accept));
     // The IP layer sends no ARP.
     rules.extend(guarded(desired).filter(|rule| rule.family() == Some(Family::V6)));
@@ -310,7 +404,7 @@ pub(super) fn chain(
 #[cfg(test)]
 pub(super) mod tests {
     use super::*;
-    use crate::net::desired::{Exceptions, Tunnel};
+    use crate::net::desired::{Control, Exceptions, Gateway};
 
     /// A state with everything in it.
     pub(in super::super) fn desired() -> Desired {
@@ -340,9 +434,19 @@ pub(super) mod tests {
         Desired { tunnel: None, guarded: vec![], exceptions, killswitch: false, inbound_replies: false, ..desired() }
     }
 
+    /// The same with a router behind the device.
+    fn routed() -> Desired {
+        let v4 = ipnet::Ipv4Net::new_assert([10, 10, 10, 2].into(), 30);
+        let control = Control { port: 9051, user: 990 };
+        let gateway = Gateway { address: [10, 10, 10, 1].into(), mac: [2; 6], own_mac: [4; 6], control };
+        let tunnel = Tunnel { name: "tap0".to_owned(), v4, v6: None, mtu: 1500, gateway: Some(gateway) };
+        let exceptions = Exceptions { services: vec![([127, 0, 0, 1], 3128).into()], ..Exceptions::default() };
+        Desired { tunnel: Some(tunnel), guarded: vec![v4.addr().into()], exceptions, steer_dns: true, ..desired() }
+    }
+
     /// An uplink, and a bridge to containers.
     pub(in super::super) fn devices() -> Devices {
-        Devices { uplinks: vec!["eth0".to_owned()], inner: vec!["docker0".to_owned()] }
+        Devices { uplinks: vec!["eth0".to_owned()], inner: vec!["docker0".to_owned()], routed: vec![] }
     }
 
     fn session(local: &str, remote: &str) -> (SocketAddr, SocketAddr) {
@@ -447,6 +551,104 @@ CHAIN icmpv6 type nd-router-advert oifname "docker0" accept"#;
         };
         let want: Vec<String> = want.lines().map(full).collect();
         assert_eq!(compile(&desired(), &sessions, &devices()).lines(), want);
+    }
+
+    /// The rules of these chains that name the device, loopback or the gateway.
+    fn about_the_gateway(desired: &Desired, devices: &Devices) -> String {
+        let lines = compile(desired, &[], devices).lines();
+        let about = |line: &&String| ["\"tap0\"", "\"lo\"", "10.10.10.1"].iter().any(|text| line.contains(text));
+        lines.iter().filter(about).map(|line| line.replace("inet proxyvpn ", "") + "\n").collect()
+    }
+
+    #[test]
+    fn a_router_behind_the_device_gets_what_it_takes_and_begins_nothing() {
+        let prerouting = r#"
+prerouting meta l4proto tcp iifname "tap0" ct direction reply accept
+prerouting udp sport 53 iifname "tap0" ct direction reply accept
+prerouting icmp type destination-unreachable iifname "tap0" ct direction reply accept
+prerouting iifname "tap0" counter drop
+prerouting ip daddr 10.10.10.1 tcp dport 9051 counter drop
+prerouting iifname "lo" accept
+prerouting iifname "tap0" accept
+"#
+        .trim_start();
+        let input = "input iifname \"lo\" accept\ninput iifname \"tap0\" accept\n";
+        let output = r#"
+output meta l4proto tcp ct state new oifname "tap0" ct timeout set "tunnelled"
+output ip daddr 127.0.0.1 tcp dport 3128 oifname "lo" meta mark 0x7076706e accept
+output oifname "lo" meta mark 0x7076706e counter drop
+"#
+        .trim_start();
+        let into = r#"
+filter_output ip daddr 10.10.10.1 tcp dport 9051 oifname "tap0" tcp flags & (fin|syn|rst|ack) == syn ip saddr 10.10.10.2 meta skuid 990 accept
+filter_output ip daddr 10.10.10.1 tcp dport 9051 oifname "tap0" tcp flags & (fin|syn|rst|ack) == syn reject with tcp reset
+filter_output meta l4proto tcp oifname "tap0" ip saddr 10.10.10.2 accept
+filter_output udp dport 53 oifname "tap0" ip saddr 10.10.10.2 accept
+filter_output meta l4proto tcp oifname "tap0" reject with tcp reset
+filter_output meta l4proto udp oifname "tap0" reject with icmpx port-unreachable
+filter_output oifname "tap0" reject with icmpx admin-prohibited
+"#
+        .trim_start();
+        let last = r#"
+postrouting oifname "tap0" meta mark 0x7076706e counter drop
+postrouting oifname "lo" accept
+postrouting ip daddr 10.10.10.1 tcp dport 9051 oifname "tap0" tcp flags & (fin|syn|rst|ack) == syn ip saddr 10.10.10.2 meta skuid 990 accept
+postrouting ip daddr 10.10.10.1 tcp dport 9051 oifname "tap0" tcp flags & (fin|syn|rst|ack) == syn counter drop
+postrouting meta l4proto tcp oifname "tap0" ip saddr 10.10.10.2 accept
+postrouting udp dport 53 oifname "tap0" ip saddr 10.10.10.2 accept
+postrouting oifname "tap0" counter drop
+"#
+        .trim_start();
+        let want = format!("{prerouting}{input}{output}filter_output oifname \"lo\" accept\n{into}{last}");
+        assert_eq!(about_the_gateway(&routed(), &devices()), want);
+        // Without the kill switch what leaves elsewhere is not looked at, but all of this is.
+        let off = Desired { killswitch: false, ..routed() };
+        assert_eq!(about_the_gateway(&off, &devices()), format!("{prerouting}{input}{output}{into}"));
+        // Under a lock what goes into it says so.
+        let locked = about_the_gateway(&Desired { locked: Locked::Yes, ..routed() }, &devices());
+        assert!(
+            locked.contains(
+                "postrouting udp dport 53 oifname \"tap0\" ip saddr 10.10.10.2 meta mark set 0x70767071 accept"
+            )
+        );
+    }
+
+    #[test]
+    fn a_router_behind_a_device_begins_nothing_while_all_is_blocked() {
+        let devices = Devices { routed: vec!["tap0".to_owned()], ..devices() };
+        for killswitch in [true, false] {
+            let blocked = about_the_gateway(&Desired { tunnel: None, killswitch, ..routed() }, &devices);
+            let dropped = "prerouting iifname \"tap0\" counter drop\nprerouting iifname \"lo\" accept\n";
+            assert!(
+                blocked.contains(dropped)
+                    && blocked.contains("output oifname \"lo\" meta mark 0x7076706e counter drop"),
+                "{blocked}"
+            );
+        }
+        // The tunnel itself is named once.
+        let lines = about_the_gateway(&routed(), &devices);
+        assert_eq!(lines.matches("prerouting iifname \"tap0\" counter drop").count(), 1);
+    }
+
+    #[test]
+    fn what_is_forwarded_into_a_router_is_tcp_and_dns() {
+        let lines = |desired: &Desired| compile(desired, &[], &devices()).lines();
+        let tunnel = Desired { forward: Forward::Tunnel, ..routed() };
+        let only: Vec<_> = lines(&tunnel).into_iter().filter(|line| !lines(&routed()).contains(line)).collect();
+        let want = r#"
+forward meta l4proto tcp oifname "tap0" ct state new ct timeout set "tunnelled"
+forward meta l4proto tcp oifname "tap0" accept
+forward meta l4proto tcp iifname "tap0" ct direction reply meta mark set 0x7076706e
+forward meta l4proto tcp iifname "tap0" ct direction reply accept
+forward udp dport 53 oifname "tap0" accept
+forward udp sport 53 iifname "tap0" ct direction reply meta mark set 0x7076706e
+forward udp sport 53 iifname "tap0" ct direction reply accept
+forward icmp type destination-unreachable iifname "tap0" ct direction reply meta mark set 0x7076706e
+forward icmp type destination-unreachable iifname "tap0" ct direction reply accept
+forward meta l4proto udp reject with icmpx port-unreachable
+forward reject with icmpx admin-prohibited"#;
+        let want: Vec<_> = want.trim().lines().map(|line| format!("inet proxyvpn {line}")).collect();
+        assert_eq!(only, want);
     }
 
     #[test]

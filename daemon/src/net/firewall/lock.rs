@@ -5,7 +5,7 @@ use std::net::SocketAddr;
 use std::os::fd::OwnedFd;
 
 use super::MAX_SESSIONS;
-use super::compile::{PRIORITY_FILTER, PRIORITY_LAST, PRIORITY_MANGLE, canonical, chain, leaving, rule};
+use super::compile::{PRIORITY_FILTER, PRIORITY_LAST, PRIORITY_MANGLE, Refuse, canonical, chain, leaving, rule};
 use super::error::Error;
 use super::netlink::Netlink;
 use super::rules::{Action, Hook, Kind, Match, Policy, Protocol, Rule, Ruleset};
@@ -61,7 +61,7 @@ fn open(sessions: &[Rule]) -> Vec<Rule> {
         forward: Forward::Block,
         iptables_fallback: false,
     };
-    let mut rules = leaving(&nothing, &Devices::default());
+    let mut rules = leaving(&nothing, &Devices::default(), Refuse::Silently);
     rules.push(rule(vec![Match::Passed], Action::Accept));
     rules.push(rule(vec![Match::CtReply, Match::CtMark(MARK)], Action::Accept));
     rules.extend_from_slice(sessions);
