@@ -9,6 +9,7 @@ mod conflicts;
 mod fairness;
 mod kept;
 mod older;
+mod router;
 mod steering;
 mod traces;
 mod uplinks;

@@ -184,7 +184,7 @@ fn answer_syn(device: &OwnedFd, to: SocketAddr) {
     panic!("no SYN to {to} came out of the device");
 }
 
-fn checksum(parts: &[&[u8]]) -> [u8; 2] {
+pub(crate) fn checksum(parts: &[&[u8]]) -> [u8; 2] {
     let words = parts.iter().flat_map(|part| part.chunks(2));
     let mut sum: u32 = words.map(|word| u32::from(u16::from_be_bytes([word[0], word[1]]))).sum();
     while sum > 0xffff {

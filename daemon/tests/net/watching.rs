@@ -27,7 +27,7 @@ async fn keep(network: &mut Network, watch: &mut Watch, desired: &Desired, mut l
 }
 
 /// Runs a command beside the watch, and gives how long it took from its begin until something was put back.
-async fn repaired(network: &mut Network, watch: &mut Watch, desired: &Desired, command: &str) -> Duration {
+pub(crate) async fn repaired(network: &mut Network, watch: &mut Watch, desired: &Desired, command: &str) -> Duration {
     let (began, command) = (Instant::now(), command.to_owned());
     let mut done = None;
     let damage = tokio::task::spawn_blocking(move || sh(&command));

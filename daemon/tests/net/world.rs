@@ -27,7 +27,7 @@ pub(crate) struct Namespace {
 }
 
 impl Namespace {
-    fn new() -> Self {
+    pub(crate) fn new() -> Self {
         let mut holder = Command::new("unshare")
             .args(["-n", "sh", "-c", "ip link set lo up; echo ready; exec sleep 600"])
             .stdout(Stdio::piped())
@@ -38,6 +38,10 @@ impl Namespace {
         assert_eq!(line, "ready\n");
         let file = File::open(format!("/proc/{}/ns/net", holder.id())).unwrap();
         Self { holder, file }
+    }
+
+    pub(crate) fn pid(&self) -> u32 {
+        self.holder.id()
     }
 
     /// Does something inside, in a thread of its own.

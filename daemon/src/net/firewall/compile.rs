@@ -189,6 +189,12 @@ fn output(desired: &Desired, sessions: &[(SocketAddr, SocketAddr)], devices: &De
         .map(|which| rule(vec![Match::Protocol(Protocol::Tcp), Match::CtNew, which], Action::SetTimeout(TIMEOUT.name)))
         .collect();
     rules.extend(to_itself(desired, devices));
+    // Users with an exception too: nobody has another way to it.
+    let gateway = desired.tunnel.iter().filter_map(|tunnel| Some((tunnel, tunnel.gateway?)));
+    rules.extend(gateway.map(|(tunnel, gateway)| {
+        let to = Match::Destination(IpAddr::V4(gateway.address).into());
+        rule(vec![to, Match::Oif(tunnel.name.clone())], Action::Accept)
+    }));
     if !desired.inbound_replies && !devices.inner.is_empty() {
         rules.push(rule(vec![Match::CtReply, Match::CtMark(INNER_CT_MARK)], Action::SetMark(MARK)));
     }
@@ -577,6 +583,7 @@ prerouting iifname "tap0" accept
 output meta l4proto tcp ct state new oifname "tap0" ct timeout set "tunnelled"
 output ip daddr 127.0.0.1 tcp dport 3128 oifname "lo" meta mark 0x7076706e accept
 output oifname "lo" meta mark 0x7076706e counter drop
+output ip daddr 10.10.10.1 oifname "tap0" accept
 "#
         .trim_start();
         let into = r#"
