@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use futures_util::StreamExt as _;
 use proxyvpn_dbus::Error;
-use proxyvpn_dbus::names::{MANAGER, PROFILE, action};
+use proxyvpn_dbus::names::{MANAGER, PROFILE, TORVM, action};
 use zbus::fdo::DBusProxy;
 use zbus::message::{Flags, Header};
 use zbus::names::UniqueName;
@@ -49,6 +49,10 @@ pub const METHODS: &[(&str, &str, Need)] = &[
     (MANAGER, "GetLog", Need::Action(action::READ_LOG)),
     (MANAGER, "ListFlows", Need::Action(action::INSPECT_FLOWS)),
     (MANAGER, "SetLockdown", Need::Action(action::SET_LOCKDOWN)),
+    (TORVM, "NewIdentity", Need::Action(action::NEW_IDENTITY)),
+    // The guard in them tells much about this machine, and for long.
+    (TORVM, "Circuits", Need::Action(action::INSPECT_FLOWS)),
+    (TORVM, "SetBridges", Need::Action(action::MANAGE_PROFILES)),
     ("org.freedesktop.DBus.ObjectManager", "GetManagedObjects", Need::Action(action::STATUS)),
 ];
 
@@ -66,6 +70,10 @@ pub const PROPERTIES: &[(&str, &str, &str)] = &[
     (MANAGER, "Health", action::STATUS),
     (MANAGER, "Lockdown", action::STATUS),
     (MANAGER, "Statistics", action::STATUS),
+    (TORVM, "Bootstrap", action::STATUS),
+    (TORVM, "Accelerator", action::STATUS),
+    (TORVM, "AcceleratorReason", action::STATUS),
+    (TORVM, "Transport", action::STATUS),
     (PROFILE, "Name", action::STATUS),
     (PROFILE, "Backend", action::STATUS),
     (PROFILE, "Upstream", action::STATUS),
@@ -354,7 +362,9 @@ mod tests {
         for id in action::ALL {
             let (any, inactive, active) = match id {
                 action::STATUS => ("yes", "yes", "yes"),
-                action::CONNECT | action::DISCONNECT => ("auth_admin_keep", "auth_admin_keep", "yes"),
+                action::CONNECT | action::DISCONNECT | action::NEW_IDENTITY => {
+                    ("auth_admin_keep", "auth_admin_keep", "yes")
+                }
                 _ => ("auth_admin_keep", "auth_admin_keep", "auth_admin_keep"),
             };
             let body =

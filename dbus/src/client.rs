@@ -4,7 +4,7 @@ use std::collections::HashMap;
 
 use zbus::{Fd, OwnedObjectPath, OwnedVariant, Variant};
 
-use crate::types::{Check, Flow, HealthItem, LogRecord, PlanStep, Progress, Reason};
+use crate::types::{Bootstrap, Check, Circuit, Flow, HealthItem, LogRecord, PlanStep, Progress, Reason};
 
 /// `org.proxyvpn1.Manager`. `docs/dbus.md` documents each member.
 #[zbus::proxy(interface = "org.proxyvpn1.Manager", default_service = "org.proxyvpn1", default_path = "/org/proxyvpn1")]
@@ -90,6 +90,37 @@ pub trait Manager {
     /// Counters of the engine. Not signalled: read it when needed.
     #[zbus(property(emits_changed_signal = "false"))]
     fn statistics(&self) -> zbus::Result<HashMap<String, u64>>;
+}
+
+/// `org.proxyvpn1.TorVm`.
+#[zbus::proxy(
+    interface = "org.proxyvpn1.TorVm",
+    default_service = "org.proxyvpn1",
+    default_path = "/org/proxyvpn1/torvm"
+)]
+pub trait TorVm {
+    /// Connections from now on take other ways through the Tor network.
+    #[zbus(allow_interactive_auth)]
+    fn new_identity(&self) -> Result<(), crate::Error>;
+    /// The ways through the Tor network.
+    #[zbus(allow_interactive_auth)]
+    fn circuits(&self) -> Result<Vec<Circuit>, crate::Error>;
+    /// Sets transport and bridges of an imported profile, from its next connection on.
+    #[zbus(allow_interactive_auth)]
+    fn set_bridges(&self, profile: &str, transport: &str, lines: &[&str]) -> Result<(), crate::Error>;
+
+    /// How far Tor is.
+    #[zbus(property)]
+    fn bootstrap(&self) -> zbus::Result<Bootstrap>;
+    /// How the virtual machine runs: `kvm`, `tcg` or empty.
+    #[zbus(property)]
+    fn accelerator(&self) -> zbus::Result<String>;
+    /// Why it runs so.
+    #[zbus(property)]
+    fn accelerator_reason(&self) -> zbus::Result<String>;
+    /// How Tor's bridges are reached: `none`, `obfs4`, `meek` or empty.
+    #[zbus(property)]
+    fn transport(&self) -> zbus::Result<String>;
 }
 
 /// `org.proxyvpn1.Profile`.

@@ -11,6 +11,11 @@ pub const PROFILE_PATH: &str = "/org/proxyvpn1/profile";
 /// Interface of a profile object.
 pub const PROFILE: &str = "org.proxyvpn1.Profile";
 
+/// Object with what only the torvm backend has.
+pub const TORVM_PATH: &str = "/org/proxyvpn1/torvm";
+/// Interface of [`TORVM_PATH`].
+pub const TORVM: &str = "org.proxyvpn1.TorVm";
+
 /// polkit actions (`polkit/org.proxyvpn1.policy`).
 pub mod action {
     /// Connect an approved profile.
@@ -29,11 +34,23 @@ pub mod action {
     pub const INSPECT_FLOWS: &str = "org.proxyvpn1.inspect-flows";
     /// Turn lockdown on or off.
     pub const SET_LOCKDOWN: &str = "org.proxyvpn1.set-lockdown";
+    /// Let connections from now on take other ways through the Tor network.
+    pub const NEW_IDENTITY: &str = "org.proxyvpn1.new-identity";
     /// Read state and profiles.
     pub const STATUS: &str = "org.proxyvpn1.status";
     /// Every action, for tests and documentation.
-    pub const ALL: [&str; 9] =
-        [CONNECT, DISCONNECT, CONNECT_ADHOC, MANAGE_PROFILES, ALLOW_LAN, READ_LOG, INSPECT_FLOWS, SET_LOCKDOWN, STATUS];
+    pub const ALL: [&str; 10] = [
+        CONNECT,
+        DISCONNECT,
+        CONNECT_ADHOC,
+        MANAGE_PROFILES,
+        ALLOW_LAN,
+        READ_LOG,
+        INSPECT_FLOWS,
+        SET_LOCKDOWN,
+        NEW_IDENTITY,
+        STATUS,
+    ];
 }
 
 /// Object path of the profile `name`: every byte that a D-Bus path element may not hold becomes `_xx` (hex), as systemd's

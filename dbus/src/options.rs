@@ -49,4 +49,12 @@ pub mod status {
     pub const DEVICE: &str = "Device";
     /// `as`: resolvers that are reached around the tunnel.
     pub const RESOLVERS: &str = "Resolvers";
+    /// As the property of `TorVm`; this and the next three only with the torvm backend.
+    pub const BOOTSTRAP: &str = "Bootstrap";
+    /// As the property of `TorVm`.
+    pub const ACCELERATOR: &str = "Accelerator";
+    /// As the property of `TorVm`.
+    pub const ACCELERATOR_REASON: &str = "AcceleratorReason";
+    /// As the property of `TorVm`.
+    pub const TRANSPORT: &str = "Transport";
 }

@@ -3,6 +3,8 @@
 //! - [`profile`]: one profile, checked
 //! - [`parse`]: TOML text to a checked profile
 //! - [`check`]: the rules of single values, the same for files and for callers on the bus
+//! - `torvm`: `[torvm]`
+//! - `edit`: changes of single keys in a text
 //! - [`url`]: the upstream's URL
 //! - [`store`]: the directories of profiles
 //! - [`watch`]: tells when they change
@@ -14,6 +16,7 @@
 pub mod check;
 pub mod daemon;
 pub mod descriptor;
+mod edit;
 pub mod error;
 pub mod file;
 pub mod parse;

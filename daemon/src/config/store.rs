@@ -7,14 +7,15 @@ use std::os::fd::{AsFd as _, OwnedFd};
 use std::path::PathBuf;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
+use proxyvpn_torvm::config::{Bridge, Transport};
 use rustix::fs::{AtFlags, Dir, Mode, OFlags, RenameFlags};
 use rustix::io::Errno;
 use rustix::process::geteuid;
 
 use super::error::{ConfigError, Rejected};
 use super::file::{self, FileError, Rules};
-use super::profile::Profile;
-use super::{check, parse};
+use super::profile::{Backend, Profile};
+use super::{check, edit, parse};
 
 /// The administrator's profiles.
 pub const SYSTEM_DIR: &str = "/etc/proxyvpn/profiles.d";
@@ -91,6 +92,12 @@ pub enum StoreError {
          the password; run the import with sudo, or leave the line out and give the password when you connect"
     )]
     Secret,
+    /// It has bridges for no Tor.
+    #[error("the profile \"{name}\" has another backend than torvm, so it has no bridges")]
+    WithoutTor {
+        /// Name.
+        name: String,
+    },
     /// Over the bound.
     #[error("there are {MAX_PROFILES} profiles already; remove one first")]
     Full,
@@ -217,6 +224,33 @@ impl ProfileStore {
             _ => failed(error),
         })?;
         Ok(profile)
+    }
+
+    /// Sets transport and bridges in the text of an imported profile; the rest of the text stays as it is.
+    ///
+    /// # Errors
+    /// There is none, it has an error or another backend, it is the administrator's, the bridges are not allowed, or the disk refuses.
+    pub fn set_bridges(&self, name: &str, bridges: &[Bridge], transport: Transport) -> Result<(), StoreError> {
+        let missing = || StoreError::NotFound { name: Rejected::new(name).to_string() };
+        check::profile_name(name).map_err(|_| missing())?;
+        let _guard = self.lock();
+        self.refuse_system(name)?;
+        let place = &self.imported;
+        let dir = place.open().map_err(ConfigError::from)?.ok_or_else(missing)?;
+        let (profile, text) = place.load(&dir, name).map_err(|error| match error {
+            ConfigError::File(FileError::Missing { .. }) => missing(),
+            error => error.into(),
+        })?;
+        if profile.backend != Backend::TorVm {
+            return Err(StoreError::WithoutTor { name: name.to_owned() });
+        }
+        let file = format!("{name}{SUFFIX}");
+        let text = edit::bridges(&file, &text, bridges, transport)?;
+        if text.len() > MAX_TEXT {
+            return Err(StoreError::TooLong);
+        }
+        parse::profile(name, &file, &text)?;
+        write(&dir, &file, &text, true).map_err(|source| StoreError::Write { path: place.file(name), source })
     }
 
     /// Removes an imported profile, also one with an error.

@@ -268,3 +268,29 @@ fn a_stored_password_is_given_to_a_proxy_only_by_root() {
         bench.store.remove("mine").unwrap();
     }
 }
+
+#[test]
+fn bridges_are_set_in_an_imported_profile_and_nowhere_else() {
+    let bench = Bench::new();
+    let bridges = ["obfs4 192.0.2.1:443 cert=a".parse().unwrap()];
+    let set = |name: &str| bench.store.set_bridges(name, &bridges, Transport::Obfs4);
+    assert!(matches!(set("tor"), Err(StoreError::NotFound { .. })));
+    assert!(matches!(set("../tor"), Err(StoreError::NotFound { .. })));
+    let tor = "# mine\nbackend = \"torvm\"\n[upstream]\nurl = \"http://me@proxy.example:8080\"\npassword-file = \"/etc/proxyvpn/p\"\n";
+    bench.store.import("tor", tor, false, Importer::Root).unwrap();
+    set("tor").unwrap();
+    let text = bench.store.text("tor").unwrap();
+    assert!(text.starts_with(tor) && text.contains("cert=a"), "{text}");
+    assert_eq!(bench.store.get("tor").unwrap().torvm.unwrap().tor.bridges(), bridges);
+    bench.store.import("plain", GOOD, false, Importer::User).unwrap();
+    assert!(matches!(set("plain"), Err(StoreError::WithoutTor { .. })));
+    bench
+        .store
+        .import("nodes", "backend = \"torvm\"\n[torvm]\nentry-nodes = [\"{de}\"]\n", false, Importer::User)
+        .unwrap();
+    let error = set("nodes").unwrap_err().to_string();
+    assert!(error.contains("remove entry-nodes or bridges"), "{error}");
+    assert!(bench.store.text("nodes").unwrap().ends_with("[\"{de}\"]\n"), "nothing was written");
+    bench.put("system/admin.toml", tor);
+    assert!(matches!(set("admin"), Err(StoreError::Protected { .. })));
+}

@@ -75,6 +75,8 @@ pub struct View {
     pub bootstrap: Bootstrap,
     /// How the virtual machine runs, `kvm` or `tcg`, and why; empty without one.
     pub accelerator: (&'static str, String),
+    /// How Tor's bridges are reached; empty without Tor.
+    pub transport: &'static str,
     /// What is not as it should be.
     pub health: Vec<HealthItem>,
 }

@@ -282,6 +282,8 @@ impl<W: World, I: Inspector> Context<W, I> {
                 Backend::TorVm => "torvm",
             });
             view.profile = request.map(|request| request.profile.name.clone()).unwrap_or_default();
+            let torvm = request.and_then(|request| request.profile.torvm.as_ref());
+            view.transport = torvm.map_or("", |torvm| torvm.tor.transport().as_str());
             view.upstream = request.map(|request| request.profile.upstream.to_string()).unwrap_or_default();
             view.progress = match state {
                 State::Connected => Progress { percent: 100, summary: "Connected".to_owned() },

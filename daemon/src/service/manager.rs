@@ -24,7 +24,7 @@ use crate::log::Log;
 use crate::machine::{Command, Handle, Request};
 
 /// How long the machine may take to accept a command.
-const ACCEPT: Duration = Duration::from_secs(30);
+pub(super) const ACCEPT: Duration = Duration::from_secs(30);
 /// How long looking ahead may take: names are resolved and the proxy is probed.
 const EXAMINE: Duration = Duration::from_secs(120);
 /// Most callers who look ahead at the same time: each opens sockets and asks the proxy.
@@ -47,22 +47,8 @@ pub(super) struct Manager {
 }
 
 impl Manager {
-    /// Gives the machine a command and waits for its answer, which comes at once unless it looks ahead.
     async fn tell<T>(&self, limit: Duration, command: impl FnOnce(oneshot::Sender<T>) -> Command) -> Result<T, Error> {
-        let (sender, receiver) = oneshot::channel();
-        let ended = || Error::Internal("the daemon is about to end; try again in a moment".to_owned());
-        self.handle.commands.try_send(command(sender)).map_err(|error| match error {
-            mpsc::error::TrySendError::Full(_) => {
-                Error::LimitExceeded("too many calls wait for the connection; try again in a moment".to_owned())
-            }
-            mpsc::error::TrySendError::Closed(_) => ended(),
-        })?;
-        match tokio::time::timeout(limit, receiver).await {
-            Ok(answer) => answer.map_err(|_| ended()),
-            Err(_) => {
-                Err(Error::Internal(format!("no answer within {} s; `proxyctl logs` may say why", limit.as_secs())))
-            }
-        }
+        tell(&self.handle, limit, command).await
     }
 
     /// Authorises what the arguments ask for and makes a request of them. `None`: they name nothing.
@@ -114,6 +100,26 @@ impl Manager {
     }
 }
 
+/// Gives the machine a command and waits for its answer, which comes at once unless it looks ahead.
+pub(super) async fn tell<T>(
+    handle: &Handle,
+    limit: Duration,
+    command: impl FnOnce(oneshot::Sender<T>) -> Command,
+) -> Result<T, Error> {
+    let (sender, receiver) = oneshot::channel();
+    let ended = || Error::Internal("the daemon is about to end; try again in a moment".to_owned());
+    handle.commands.try_send(command(sender)).map_err(|error| match error {
+        mpsc::error::TrySendError::Full(_) => {
+            Error::LimitExceeded("too many calls wait for the connection; try again in a moment".to_owned())
+        }
+        mpsc::error::TrySendError::Closed(_) => ended(),
+    })?;
+    match tokio::time::timeout(limit, receiver).await {
+        Ok(answer) => answer.map_err(|_| ended()),
+        Err(_) => Err(Error::Internal(format!("no answer within {} s; `proxyctl logs` may say why", limit.as_secs()))),
+    }
+}
+
 /// An error with its causes, for an option.
 fn bad_option(key: &str, error: &dyn std::error::Error) -> Error {
     let mut text = format!("option {key}: {error}");
@@ -125,7 +131,7 @@ fn bad_option(key: &str, error: &dyn std::error::Error) -> Error {
     Error::InvalidOption(text)
 }
 
-fn short(name: &str) -> Result<(), Error> {
+pub(super) fn short(name: &str) -> Result<(), Error> {
     if name.len() <= MAX_NAME {
         return Ok(());
     }
@@ -177,6 +183,9 @@ impl Manager {
             publish::PROPERTIES.into_iter().map(|(name, read)| (name, read(&view))).collect();
         values.insert("Version", self.version().into());
         values.insert("Statistics", self.statistics().await.into());
+        if view.backend == "torvm" {
+            values.extend(publish::TORVM_PROPERTIES.into_iter().map(|(name, read)| (name, read(&view))));
+        }
         values.insert(status::FIREWALL, view.firewall.into());
         values.insert(status::UPSTREAM, view.upstream.into());
         values.insert(status::DEVICE, view.device.into());

@@ -3,6 +3,7 @@
 //! - `guard`: the door of every interface: size, authorisation
 //! - `manager`: `org.proxyvpn1.Manager`
 //! - `profiles`: `org.proxyvpn1.Profile` objects
+//! - `torvm`: `org.proxyvpn1.TorVm`
 //! - `options`: the `a{sv}` arguments, checked
 //! - `publish`: signals for what changes
 //! - `followers`: `LogEntry` to those who read the log
@@ -17,5 +18,6 @@ mod publish;
 mod start;
 #[cfg(test)]
 mod tests;
+mod torvm;
 
 pub use start::{Service, StartError};

@@ -145,7 +145,9 @@ pub(super) fn store_error(error: &StoreError) -> Error {
     }
     match error {
         StoreError::NotFound { .. } => Error::NoSuchProfile(text),
-        StoreError::Invalid(_) | StoreError::Name(_) | StoreError::TooLong => Error::InvalidProfile(text),
+        StoreError::Invalid(_) | StoreError::Name(_) | StoreError::TooLong | StoreError::WithoutTor { .. } => {
+            Error::InvalidProfile(text)
+        }
         StoreError::Exists { .. } => Error::ProfileExists(text),
         StoreError::Protected { .. } => Error::ProfileProtected(text),
         StoreError::Secret => Error::NotAuthorized(text),

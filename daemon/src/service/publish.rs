@@ -3,7 +3,8 @@
 use std::borrow::Cow;
 use std::collections::HashMap;
 
-use proxyvpn_dbus::names::{MANAGER, MANAGER_PATH};
+use proxyvpn_dbus::names::{MANAGER, MANAGER_PATH, TORVM, TORVM_PATH};
+use proxyvpn_dbus::options::status;
 use proxyvpn_dbus::types::State;
 use tokio::sync::watch;
 use zbus::names::InterfaceName;
@@ -31,8 +32,16 @@ pub(super) const PROPERTIES: [(&str, Read); 10] = [
     ("Health", |view| view.health.clone().into()),
 ];
 
-fn changes(old: &View, new: &View) -> HashMap<&'static str, Variant<'static>> {
-    let changed = PROPERTIES.into_iter().map(|(name, read)| (name, read(old), read(new)));
+/// The same of the `TorVm` interface.
+pub(super) const TORVM_PROPERTIES: [(&str, Read); 4] = [
+    (status::BOOTSTRAP, |view| view.bootstrap.clone().into()),
+    (status::ACCELERATOR, |view| view.accelerator.0.into()),
+    (status::ACCELERATOR_REASON, |view| view.accelerator.1.clone().into()),
+    (status::TRANSPORT, |view| view.transport.into()),
+];
+
+fn changes(properties: &[(&'static str, Read)], old: &View, new: &View) -> HashMap<&'static str, Variant<'static>> {
+    let changed = properties.iter().map(|(name, read)| (*name, read(old), read(new)));
     changed.filter(|(_, old, new)| old != new).map(|(name, _, new)| (name, new)).collect()
 }
 
@@ -40,14 +49,19 @@ fn changes(old: &View, new: &View) -> HashMap<&'static str, Variant<'static>> {
 /// When a connection ends, so does `log` being verbose for it.
 pub(super) async fn follow(mut view: watch::Receiver<View>, connection: Connection, log: Log) -> zbus::Result<()> {
     let emitter = SignalEmitter::new(&connection, MANAGER_PATH)?;
-    let interface = InterfaceName::try_from(MANAGER)?;
+    let tor = SignalEmitter::new(&connection, TORVM_PATH)?;
+    let (interface, tor_interface) = (InterfaceName::try_from(MANAGER)?, InterfaceName::try_from(TORVM)?);
     let mut seen = view.borrow_and_update().clone();
     while view.changed().await.is_ok() {
         let now = view.borrow_and_update().clone();
         if seen.state != State::Disconnected && now.state == State::Disconnected {
             log.set_verbose(false);
         }
-        let changed = changes(&seen, &now);
+        let changed = changes(&TORVM_PROPERTIES, &seen, &now);
+        if !changed.is_empty() {
+            fdo::Properties::properties_changed(&tor, tor_interface.clone(), changed, Cow::Borrowed(&[])).await?;
+        }
+        let changed = changes(&PROPERTIES, &seen, &now);
         if !changed.is_empty() {
             // Before `StateChanged`: whoever acts on that may look at cached properties.
             fdo::Properties::properties_changed(&emitter, interface.clone(), changed, Cow::Borrowed(&[])).await?;
@@ -67,11 +81,14 @@ mod tests {
     #[test]
     fn only_what_changed_is_told() {
         let old = View::default();
-        assert!(changes(&old, &old).is_empty());
+        assert!(changes(&PROPERTIES, &old, &old).is_empty());
         let new = View { blocking: true, profile: "work".to_owned(), device: "pvpn0".to_owned(), ..View::default() };
-        let changed = changes(&old, &new);
+        let changed = changes(&PROPERTIES, &old, &new);
         assert_eq!(changed.len(), 2, "the device is no property: {changed:?}");
         assert_eq!(changed.get("Blocking"), Some(&true.into()));
         assert_eq!(changed.get("Profile"), Some(&"work".into()));
+        assert!(changes(&TORVM_PROPERTIES, &old, &new).is_empty());
+        let new = View { transport: "obfs4", ..new };
+        assert_eq!(changes(&TORVM_PROPERTIES, &old, &new).get("Transport"), Some(&"obfs4".into()));
     }
 }

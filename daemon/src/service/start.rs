@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use proxyvpn_dbus::names::{BUS, MANAGER_PATH};
+use proxyvpn_dbus::names::{BUS, MANAGER_PATH, TORVM_PATH};
 use tokio::sync::Semaphore;
 use tokio::task::JoinHandle;
 use zbus::fdo::{ObjectManager, RequestNameFlags};
@@ -13,6 +13,7 @@ use super::guard::Guarded;
 use super::manager::{EXAMINERS, Manager};
 use super::profiles::Profiles;
 use super::publish;
+use super::torvm::TorVm;
 use crate::authority::Authority;
 use crate::config::store::ProfileStore;
 use crate::log::Log;
@@ -73,6 +74,7 @@ impl Service {
         let authority = Arc::new(Authority::new(&connection).await.map_err(StartError::Register)?);
         let profiles = Arc::new(Profiles::new(store, Arc::clone(&authority)));
         let view = handle.view.clone();
+        let tor = TorVm { handle: handle.clone(), profiles: Arc::clone(&profiles) };
         let manager = Manager {
             handle,
             authority: Arc::clone(&authority),
@@ -84,6 +86,8 @@ impl Service {
         let server = connection.object_server();
         let manager = Guarded { inner: manager, authority: Arc::clone(&authority) };
         server.at(MANAGER_PATH, manager).await.map_err(StartError::Register)?;
+        let tor = Guarded { inner: tor, authority: Arc::clone(&authority) };
+        server.at(TORVM_PATH, tor).await.map_err(StartError::Register)?;
         let objects = Guarded { inner: ObjectManager, authority };
         server.at(MANAGER_PATH, objects).await.map_err(StartError::Register)?;
         profiles.sync(server).await.map_err(StartError::Profiles)?;

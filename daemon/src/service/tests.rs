@@ -6,7 +6,7 @@ use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 
 use proxyvpn_dbus::ReasonCode;
-use proxyvpn_dbus::names::{MANAGER_PATH, PROFILE_PATH, action};
+use proxyvpn_dbus::names::{MANAGER_PATH, PROFILE_PATH, TORVM_PATH, action};
 use proxyvpn_dbus::types::State;
 use zbus::connection::Builder;
 use zbus::fdo::IntrospectableProxy;
@@ -72,6 +72,7 @@ async fn served() -> Vec<(String, String)> {
     let dir = TestDir::new("service");
     let (_service, client) = pair(&dir.path("")).await;
     let mut all = interfaces(&introspect(&client, MANAGER_PATH).await, 2);
+    all.extend(interfaces(&introspect(&client, TORVM_PATH).await, 2));
     all.extend(interfaces(&introspect(&client, &format!("{PROFILE_PATH}/work")).await, 2));
     all.retain(|(name, _)| !STANDARD.contains(&name.as_str()));
     all
@@ -124,6 +125,7 @@ async fn the_document_names_every_member_action_state_and_code() {
     };
     let mut names: Vec<String> = State::ALL.iter().map(|state| state.as_str().to_owned()).collect();
     names.extend(ReasonCode::ALL.iter().map(|code| code.as_str().to_owned()));
+    names.extend(Phase::TORVM.iter().map(|phase| phase.as_str().to_owned()));
     names.extend(Phase::PROXY.iter().map(|phase| phase.as_str().to_owned()));
     names.extend(action::ALL.iter().map(|action| (*action).to_owned()));
     let quoted = |line: &str| Some(line.split_once("&str = \"")?.1.split('"').next()?.to_owned());
