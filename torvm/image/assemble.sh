@@ -96,6 +96,9 @@ assemble() {
   mkdir -p "$work/image"/{dev,proc,run,state,sys}
   for name in "${PROGRAMS[@]}"; do add_program "$tree" "$work/image" "$name"; done
   add_modules "$tree" "$work/image" "$release"
+  install -D -m 644 "$(find_in "$tree" geoip usr/share/tor)" "$work/image/usr/share/torvm/geoip"
+  # Names are looked up in /etc/hosts alone.
+  install -D -m 644 /dev/stdin "$work/image/etc/nsswitch.conf" <<<'hosts: files'
   mkdir -p "$out"
   install -m 644 "$kernel" "$out/vmlinuz"
   pack "$work/image" >"$out/initramfs"

@@ -7,8 +7,9 @@ use crate::config::proxy::{Kind, Proxy};
 use crate::config::{Entry, GuestConfig, OBFS4PROXY, TorSettings};
 use crate::link::{CONTROL_PORT, DNS_PORT, GUEST, ONION_NETWORK, SOCKS_PORT, TRANS_PORT};
 
-/// Where the guest has the countries of addresses, IPv4 and IPv6. Only read when the profile names a country.
-pub const GEOIP: [&str; 2] = ["/usr/share/tor/geoip", "/usr/share/tor/geoip6"];
+/// Where the guest has the countries of IPv4 addresses; Tor knows a relay's country by no other. Not where Tor looks unasked: it takes a
+/// second to read, and is only needed when the profile names a country.
+pub const GEOIP: &str = "/usr/share/torvm/geoip";
 
 /// Writes it. `state`: Tor's directory.
 #[must_use]
@@ -79,8 +80,7 @@ fn tor(torrc: &mut Torrc, tor: &TorSettings) {
         torrc.set("StrictNodes", 1);
     }
     if lists.iter().any(|(_, nodes)| nodes.iter().any(|node| matches!(node, Node::Country(_)))) {
-        torrc.set("GeoIPFile", GEOIP[0]);
-        torrc.set("GeoIPv6File", GEOIP[1]);
+        torrc.set("GeoIPFile", GEOIP);
     }
     if let Some(network) = &tor.network {
         if network.testing {

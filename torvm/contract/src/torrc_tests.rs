@@ -83,8 +83,7 @@ fn variants() -> Vec<(&'static str, GuestConfig, Vec<&'static str>)> {
             "ExcludeExitNodes $0123456789ABCDEF0123456789ABCDEF01234567",
             "ExcludeNodes {cn}",
             "ExitNodes {de},{us}",
-            "GeoIPFile /usr/share/tor/geoip",
-            "GeoIPv6File /usr/share/tor/geoip6",
+            "GeoIPFile /usr/share/torvm/geoip",
             "NoExec 1",
             "StrictNodes 1",
         ],
@@ -201,9 +200,8 @@ fn tor_takes_every_variant_and_understands_what_was_meant() {
         let state = State::new(&index.to_string());
         let (good, says) = state.tor(&render(&config, state.0.to_str().unwrap()));
         assert!(good, "{name}: {says}");
-        // GeoIP's files are Tor's defaults, which it does not repeat; what it quotes has a test of its own.
-        for line in expected.iter().filter(|line| !line.starts_with("GeoIP") && !line.contains(['#', 'é', '\u{2028}']))
-        {
+        // What it quotes has a test of its own.
+        for line in expected.iter().filter(|line| !line.contains(['#', 'é', '\u{2028}'])) {
             assert!(says.lines().any(|said| said == *line), "{name}: {line} is not in {says}");
         }
     }
@@ -294,8 +292,8 @@ proptest! {
             expected += 2;
         }
         if let Ok(node) = text.parse::<Node>() {
-            // GeoIP's two lines come with a country.
-            expected += if matches!(node, Node::Country(_)) { 3 } else { 1 };
+            // GeoIP's line comes with a country.
+            expected += if matches!(node, Node::Country(_)) { 2 } else { 1 };
             config.tor.exit_nodes = vec![node].try_into().unwrap();
         }
         if let Ok(authority) = text.parse::<DirAuthority>() {
@@ -307,7 +305,7 @@ proptest! {
             "DataDirectory", "SocksPort", "TransPort", "DNSPort", "ControlPort", "HashedControlPassword", "AutomapHostsOnResolve",
             "VirtualAddrNetworkIPv4", "ClientRejectInternalAddresses", "ClientOnly", "ClientUseIPv6", "AvoidDiskWrites",
             "DormantCanceledByStartup", "SafeLogging", "Log", "NoExec", "ClientTransportPlugin", "Bridge", "UseBridges",
-            "ExitNodes", "GeoIPFile", "GeoIPv6File", "DirAuthority",
+            "ExitNodes", "GeoIPFile", "DirAuthority",
         ];
         prop_assert_eq!(rendered.lines().count(), 16 + expected);
         for line in rendered.lines() {

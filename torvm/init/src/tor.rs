@@ -9,7 +9,7 @@ use std::process::{ChildStdout, Command, Stdio};
 
 use proxyvpn_torvm::channel::{MAX_TEXT, Status};
 use proxyvpn_torvm::config::GuestConfig;
-use proxyvpn_torvm::torrc;
+use proxyvpn_torvm::torrc::{self, GEOIP};
 use rustix::process::{Pid, PidfdFlags, Signal, WaitStatus, kill_process_group, pidfd_open, pidfd_send_signal};
 
 use crate::error::{Error, While as _};
@@ -21,6 +21,7 @@ pub(crate) const UID: u32 = 900;
 pub(crate) const STATE: &str = "/state/tor";
 const TOR: &str = "/usr/bin/tor";
 const TORRC: &str = "/run/torrc";
+const HOSTS: &str = "/etc/hosts";
 /// Bytes kept of a line of the log.
 const LONGEST: usize = 2 * MAX_TEXT;
 /// Least memory for cells that wait, in MiB; else a quarter of the machine's.
@@ -41,10 +42,15 @@ pub(crate) fn start(config: &GuestConfig) -> Result<Tor, Error> {
     let mut torrc = torrc::render(config, STATE);
     // Tor's own guess is never below 256 MB, more than the machine may have.
     torrc.push_str(&format!("MaxMemInQueues {} MB\n", queues(memory_mib())));
-    fs::write(TORRC, torrc).during(format!("write {TORRC}"))?;
+    fs::write(TORRC, &torrc).during(format!("write {TORRC}"))?;
     lchown(TORRC, Some(0), Some(UID)).during(format!("give {TORRC} to Tor"))?;
     fs::set_permissions(TORRC, std::os::unix::fs::PermissionsExt::from_mode(0o440))
         .during(format!("close {TORRC} for others"))?;
+    fs::write(HOSTS, hosts(config)).during(format!("write {HOSTS}"))?;
+    if !torrc.contains(GEOIP) {
+        // It lies in memory, as all of the image.
+        fs::remove_file(GEOIP).during(format!("remove {GEOIP}"))?;
+    }
     let mut child = Command::new(TOR)
         .args(["-f", TORRC, "--defaults-torrc", "/nonexistent", "--ignore-missing-torrc"])
         .env_clear()
@@ -66,6 +72,15 @@ pub(crate) fn start(config: &GuestConfig) -> Result<Tor, Error> {
     }
     let pidfd = pidfd_open(pid, PidfdFlags::empty()).during("watch Tor")?;
     Ok(Tor { pid, pidfd, stdout, lines: Lines::new(LONGEST), complaint: None })
+}
+
+/// The names that transports may look up.
+fn hosts(config: &GuestConfig) -> String {
+    let mut hosts = "127.0.0.1 localhost\n".to_owned();
+    for host in config.hosts.iter() {
+        hosts.push_str(&format!("{} {}\n", host.address, host.name));
+    }
+    hosts
 }
 
 fn memory_mib() -> u64 {
