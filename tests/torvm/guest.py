@@ -10,7 +10,7 @@ import time
 
 CHANNEL = "org.proxyvpn.channel"
 FW_CFG = "opt/org.proxyvpn/config"
-CMDLINE = "console=ttyS0 quiet loglevel=3 panic=1 random.trust_cpu=off ipv6.disable=1"
+CMDLINE = "console=ttyS0 quiet loglevel=3 panic=1 random.trust_cpu=off ipv6.disable=1 rootfstype=ramfs"
 GUEST_MAC, HOST_MAC = "52:54:00:10:10:01", "52:54:00:10:10:02"
 UPLINK_GUEST_MAC, UPLINK_GATEWAY_MAC = "52:54:00:10:11:02", "52:54:00:10:11:01"
 # The hash of "secret".

@@ -23,7 +23,8 @@ pub const MAX_INITRAMFS: u64 = 256 << 20;
 pub const MAX_CONFIG: u64 = 64 << 10;
 
 /// The guest's kernel command line. It is readable by all in the guest: nothing secret belongs there. A panic ends QEMU (`-no-reboot`).
-pub const CMDLINE: &str = "console=ttyS0 quiet loglevel=3 panic=1 random.trust_cpu=off ipv6.disable=1";
+/// The image lies in a ramfs, since a tmpfs takes half of the memory at most and a small machine would get half an image.
+pub const CMDLINE: &str = "console=ttyS0 quiet loglevel=3 panic=1 random.trust_cpu=off ipv6.disable=1 rootfstype=ramfs";
 
 /// What comes with a [`Request`], in this order.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

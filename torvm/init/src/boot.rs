@@ -71,9 +71,10 @@ fn load(path: &Path) -> io::Result<()> {
     Ok(rustix::system::finit_module(File::open(path)?, c"", 0)?)
 }
 
-/// Forbids to load more of them.
+/// Forbids to load more of them, and frees the memory where they lie.
 pub(crate) fn lock_modules() -> Result<(), Error> {
-    set("kernel/modules_disabled", "1")
+    set("kernel/modules_disabled", "1")?;
+    fs::remove_dir_all(MODULES).during(format!("remove {MODULES}"))
 }
 
 /// What everything started from here on inherits: no way to more privileges, and files enough for Tor.
