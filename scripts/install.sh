@@ -42,6 +42,7 @@ files=(
   "systemd/proxyvpn.sysusers 644 /usr/lib/sysusers.d/proxyvpn.conf"
   "polkit/org.proxyvpn1.policy 644 /usr/share/polkit-1/actions/org.proxyvpn1.policy"
   "polkit/proxyvpn-lock.rules 644 /usr/share/polkit-1/rules.d/org.proxyvpn1.lock.rules"
+  "polkit/proxyvpn-dns.rules 644 /usr/share/polkit-1/rules.d/org.proxyvpn1.dns.rules"
   "polkit/proxyvpn-group.rules 644 $doc_dir/examples/proxyvpn-group.rules"
   "dbus/org.proxyvpn1.conf 644 /usr/share/dbus-1/system.d/org.proxyvpn1.conf"
   "dbus/org.proxyvpn1.service 644 /usr/share/dbus-1/system-services/org.proxyvpn1.service"

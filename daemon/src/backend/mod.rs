@@ -6,6 +6,7 @@
 //! - `upstream`: from a profile to a connector: look-up, password, the loop that a local proxy would make
 //! - `lookout`: what happens around while a connection is wanted
 //! - `question`: asking the upstream beside everything else
+//! - [`resolved`]: the tunnel's DNS server, told to systemd-resolved
 //! - `shortage`: what this machine runs out of
 //! - `network`: from a profile to a desired network
 //! - `lock`: the lock, kept by systemd or without it
@@ -21,6 +22,7 @@ mod lock;
 mod lookout;
 mod network;
 mod question;
+pub mod resolved;
 mod shortage;
 mod upstream;
 
