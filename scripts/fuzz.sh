@@ -7,7 +7,7 @@ set -uo pipefail
 # shellcheck source=scripts/common.sh
 . "$(dirname "$0")/common.sh"
 use_cargo
-all=(parse answer frames turns)
+all=(parse answer frames link turns)
 seconds=10 jobs=1 replay='' targets=()
 while [ $# -gt 0 ]; do
   case $1 in

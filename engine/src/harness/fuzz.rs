@@ -9,9 +9,10 @@ use tokio::task::yield_now;
 use crate::config::Limits;
 use crate::device::{Content, Framing, MAX_FRAME};
 use crate::packet::checksum::Sum;
+use crate::packet::ethernet::gateway_is_at;
 use crate::packet::icmp::port_unreachable;
 use crate::packet::parse::{self, Packet, Segment};
-use crate::testing::{Bench, Far, Script, complete, fix_header, pair, world};
+use crate::testing::{Bench, Far, LINK, Script, complete, fix_header, guest_ipv4, pair, who_has, world};
 use crate::upstream::ConnectError;
 
 thread_local! {
@@ -96,25 +97,45 @@ pub fn answer(bytes: &[u8]) {
 
 /// Any frames, one after the other, into a shard whose upstream accepts or refuses.
 pub fn frames(bytes: &[u8]) {
+    let mut script = Script::new(bytes);
+    let framing = if script.byte() & 1 == 0 { Framing::Bare } else { Framing::Vnet };
+    fed(framing, script);
+}
+
+/// The same on a guest's link: what is not its own is not taken in.
+pub fn link(bytes: &[u8]) {
+    fed(Framing::Ethernet(LINK), Script::new(bytes));
+}
+
+fn fed(framing: Framing, mut script: Script<'_>) {
     const LIMITS: Limits = Limits { flows: 3, pending: 2, ring: 8192, memory: 64 << 20 };
     RUNTIME.with(|runtime| {
         runtime.block_on(async {
-            let mut script = Script::new(bytes);
-            let framing = if script.byte() & 1 == 0 { Framing::Bare } else { Framing::Vnet };
             let mut bench = Bench::wrapped(framing, LIMITS, |device| device);
             let mut fars = Vec::<Far>::new();
-            let (mut frames, mut short) = (0, 0);
+            let (mut packets, mut questions) = (0, 0);
             while !script.is_over() {
                 let choice = script.byte();
                 let length = script.below(2000);
                 let mut frame = script.take(length).to_vec();
+                if let Framing::Ethernet(_) = framing {
+                    disguise(&mut frame, choice);
+                }
                 if choice & 1 == 0
                     && let Some(packet) = frame.get_mut(framing.prefix()..)
                 {
                     fix_header(packet);
+                    if let Framing::Ethernet(_) = framing {
+                        fix_tcp(packet);
+                    }
                 }
-                frames += 1;
-                short += u64::from(frame.len() < framing.prefix());
+                match framing {
+                    Framing::Ethernet(_) => {
+                        packets += u64::from(is_guests(&frame));
+                        questions += u64::from(is_question(&frame));
+                    }
+                    _ => packets += u64::from(frame.len() >= framing.prefix()),
+                }
                 bench.feed(&frame);
                 yield_now().await;
                 if let Some((_, attempt)) = bench.attempts.next() {
@@ -154,15 +175,60 @@ pub fn frames(bytes: &[u8]) {
                 bench.now = next.max(bench.now);
             }
             assert_eq!((bench.shard.next_deadline(), bench.shard.held()), (None, [0; 8]));
-            assert_eq!(bench.counters.packets_in.get(), frames - short);
+            assert_eq!((bench.counters.packets_in.get(), bench.counters.arp_answered.get()), (packets, questions));
         });
     });
+}
+
+/// Makes of `frame` something that comes further than noise, as `choice` says.
+fn disguise(frame: &mut [u8], choice: u8) {
+    let (question, packet) = (who_has(LINK.gateway), guest_ipv4(&[]));
+    let template = if choice & 0xc0 == 0x40 { &question } else { &packet };
+    if choice & 0xc0 != 0xc0 {
+        let length = template.len().min(frame.len());
+        frame[..length].copy_from_slice(&template[..length]);
+    }
+    if choice & 0xc0 == 0
+        && let Some(source) = frame.get_mut(26..30)
+    {
+        source.copy_from_slice(&LINK.guest.octets());
+    }
+}
+
+/// Corrects the checksum of a TCP segment: nobody vouches for a guest's.
+fn fix_tcp(packet: &mut [u8]) {
+    let Ok(Packet::Tcp(Segment { tuple, packet: &[first, ..], .. })) = parse::parse(packet, true) else { return };
+    let total = usize::from(u16::from_be_bytes([packet[2], packet[3]]));
+    let tcp = &mut packet[usize::from(first & 15) * 4..total];
+    tcp[16..18].fill(0);
+    let sum = Sum::pseudo_header(tuple.source, tuple.destination, 6, tcp.len()).add(tcp).checksum();
+    tcp[16..18].copy_from_slice(&sum.to_be_bytes());
+}
+
+fn is_guests(frame: &[u8]) -> bool {
+    let ip = frame.get(14..).unwrap_or_default();
+    frame.starts_with(&guest_ipv4(&[])) && ip.len() >= 20 && ip[0] >> 4 == 4 && ip[12..16] == LINK.guest.octets()
+}
+
+fn is_question(frame: &[u8]) -> bool {
+    let question = who_has(LINK.gateway);
+    let to = [&[0xff; 6], &LINK.gateway_mac];
+    // Whose MAC address is asked for is what the asker does not know.
+    frame.len() >= question.len()
+        && to.iter().any(|to| frame.starts_with(*to))
+        && frame[6..32] == question[6..32]
+        && frame[38..42] == question[38..]
 }
 
 /// Whatever the shard writes can be taken.
 fn written(bench: &mut Bench, framing: Framing) {
     while let Some(frame) = bench.device.next() {
         assert!(frame.len() <= MAX_FRAME);
+        if let Framing::Ethernet(link) = framing
+            && frame == gateway_is_at(&link)
+        {
+            continue;
+        }
         complete(framing, &frame, 1460).unwrap();
     }
 }

@@ -6,4 +6,4 @@
 mod fuzz;
 pub mod instructions;
 
-pub use fuzz::{answer, frames, parse, turns};
+pub use fuzz::{answer, frames, link, parse, turns};

@@ -42,8 +42,16 @@ impl Connector {
                 });
             }
         };
-        match timeout_at(Instant::now() + self.timeout, socket::open(address, self.mark)).await {
-            Ok(Ok(stream)) => Ok(Tunnel { stream, early: Vec::new() }),
+        let attempt = async {
+            if socket::leads_home(address, self.mark)? {
+                Ok(None)
+            } else {
+                socket::open(address, self.mark).await.map(Some)
+            }
+        };
+        match timeout_at(Instant::now() + self.timeout, attempt).await {
+            Ok(Ok(None)) => Err(ConnectError::Forbidden(address.ip())),
+            Ok(Ok(Some(stream))) => Ok(Tunnel { stream, early: Vec::new() }),
             Ok(Err(OpenError::Local(source))) => Err(ConnectError::Local { upstream: address.to_string(), source }),
             Ok(Err(OpenError::Remote(source))) => Err(ConnectError::Direct { target: address.to_string(), source }),
             Err(_) => Err(ConnectError::Direct { target: address.to_string(), source: late(self.timeout) }),

@@ -78,8 +78,9 @@ pub struct Connector {
     pub mark: Option<u32>,
     /// Bound on TCP connect plus handshake.
     pub timeout: Duration,
-    /// Networks that nobody may be connected to, whatever the upstream: a proxy is not even asked. This machine itself, groups and
-    /// broadcast always are. For a guest: this machine's addresses and, unless `only` says who is left, [`NOT_FOR_GUESTS`].
+    /// Networks that nobody may be connected to, whatever the upstream: a proxy is not even asked. Loopback, groups and broadcast always
+    /// are, and with [`Direct`](Upstream::Direct) whatever is this machine's at the time. For a guest: this machine's addresses and,
+    /// unless `only` says who is left, [`NOT_FOR_GUESTS`].
     pub refused: Vec<ipnet::IpNet>,
     /// If given, nobody else may be connected to, and no name. What is [`refused`](Self::refused) stays so.
     pub only: Option<Vec<SocketAddr>>,

@@ -82,3 +82,75 @@ impl Connector {
         if nobody || refused || !wanted { Err(ConnectError::Forbidden(ip)) } else { Ok(()) }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, reason = "a failure here is the test's failure")]
+
+    use std::net::SocketAddr;
+    use std::time::Duration;
+
+    use super::super::Upstream;
+    use super::*;
+
+    fn connector(refused: &[IpNet], only: Option<&[&str]>) -> Connector {
+        Connector {
+            upstream: Upstream::Direct,
+            mark: None,
+            timeout: Duration::from_secs(1),
+            refused: refused.to_vec(),
+            only: only.map(|only| only.iter().map(|address| address.parse().unwrap()).collect()),
+        }
+    }
+
+    fn permits(connector: &Connector, ip: IpAddr) -> bool {
+        connector.permits(&Target::Address(SocketAddr::new(ip, 443))).is_ok()
+    }
+
+    #[test]
+    fn a_guest_has_the_public_internet_and_nothing_else() {
+        let guests = connector(&NOT_FOR_GUESTS, None);
+        for net in NOT_FOR_GUESTS {
+            for ip in [net.network(), net.broadcast()] {
+                assert!(!permits(&guests, ip), "{ip} of {net}");
+                if let IpAddr::V4(v4) = ip {
+                    assert!(!permits(&guests, v4.to_ipv6_mapped().into()), "{ip} of {net}, mapped");
+                }
+            }
+        }
+        let edges = "1.0.0.0 9.255.255.255 11.0.0.0 100.63.255.255 100.128.0.0 126.255.255.255 128.0.0.0 169.253.255.255 169.255.0.0 \
+            172.15.255.255 172.32.0.0 191.255.255.255 192.0.1.0 192.167.255.255 192.169.0.0 198.17.255.255 198.20.0.0 223.255.255.255 \
+            2001:1::1 2001:db8::1 2003::1 2606:4700::1111";
+        for ip in edges.split_whitespace() {
+            assert!(permits(&guests, ip.parse().unwrap()), "{ip}");
+        }
+        for own in [
+            "10.10.10.2",
+            "10.10.11.1",
+            "127.0.0.1",
+            "192.168.1.2",
+            "169.254.169.254",
+            "fe80::1",
+            "fd00::1",
+            "64:ff9b::7f00:1",
+        ] {
+            assert!(!permits(&guests, own.parse().unwrap()), "{own}");
+        }
+    }
+
+    #[test]
+    fn only_means_address_and_port_and_no_name() {
+        let bridges = connector(&[], Some(&["192.168.7.1:443", "[2001:db8::1]:443", "127.0.0.1:443"]));
+        for ip in ["192.168.7.1", "2001:db8::1"] {
+            assert!(permits(&bridges, ip.parse().unwrap()), "{ip}");
+            let other = Target::Address(SocketAddr::new(ip.parse().unwrap(), 80));
+            assert!(bridges.permits(&other).is_err(), "{other:?}");
+        }
+        assert!(!permits(&bridges, [192, 168, 7, 2].into()));
+        assert!(!permits(&bridges, [127, 0, 0, 1].into()), "this machine is nobody's bridge");
+        let name = Target::Name("bridge.example".to_owned(), 443);
+        assert!(matches!(bridges.permits(&name), Err(ConnectError::Name { .. })));
+        let own = ["192.168.7.1/32".parse().unwrap()];
+        assert!(!permits(&connector(&own, Some(&["192.168.7.1:443"])), [192, 168, 7, 1].into()));
+    }
+}

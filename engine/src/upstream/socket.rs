@@ -42,6 +42,20 @@ pub(super) async fn open(address: SocketAddr, mark: Option<u32>) -> Result<TcpSt
     }
 }
 
+/// True when what goes to `address` stays on this machine: then the kernel takes that very address as the source (ip-route(8), type
+/// local). Asked for each connection, since addresses come and go. Nothing is sent.
+pub(super) fn leads_home(address: SocketAddr, mark: Option<u32>) -> Result<bool, OpenError> {
+    let ask = || {
+        let socket = Socket::new(Domain::for_address(address), Type::DGRAM.cloexec(), Some(Protocol::UDP))?;
+        mark.map_or(Ok(()), |mark| socket.set_mark(mark))?;
+        io::Result::Ok(socket)
+    };
+    let socket = ask().map_err(OpenError::Local)?;
+    socket.connect(&address.into()).map_err(classify)?;
+    let source = socket.local_addr().map_err(OpenError::Local)?;
+    Ok(source.as_socket().is_some_and(|source| source.ip() == address.ip()))
+}
+
 fn is_port_shortage(error: &io::Error) -> bool {
     error.raw_os_error() == Some(libc::EADDRNOTAVAIL)
 }
@@ -161,6 +175,17 @@ mod tests {
             assert_eq!(socket.mark().unwrap(), 0);
             assert!(fcntl_getfl(&socket).unwrap().contains(OFlags::NONBLOCK));
             assert!(fcntl_getfd(&socket).unwrap().contains(FdFlags::CLOEXEC));
+        }
+    }
+
+    #[test]
+    fn what_stays_on_this_machine_is_told_by_the_kernel() {
+        for (address, home) in
+            [("127.0.0.1:1", true), ("[::1]:1", true), ("[::ffff:127.0.0.1]:1", true), ("192.0.2.9:1", false)]
+        {
+            // Without a network there is no way there, which is no way home either.
+            let leads = leads_home(address.parse().unwrap(), None).unwrap_or(false);
+            assert_eq!(leads, home, "{address}");
         }
     }
 

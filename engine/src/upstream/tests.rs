@@ -364,15 +364,18 @@ async fn the_probe_tells_proxies_from_web_servers() {
 }
 
 #[tokio::test]
-async fn direct_reaches_no_forbidden_address() {
-    let connector = Connector {
+async fn what_is_forbidden_is_reached_by_no_way() {
+    let direct = Connector {
         upstream: Upstream::Direct,
         mark: None,
         timeout: BOUND,
         refused: vec!["192.0.2.0/24".parse().unwrap(), "2001:db8::/32".parse().unwrap()],
         only: None,
     };
-    connector.probe().await.unwrap();
+    direct.probe().await.unwrap();
+    // A proxy that would say yes; nobody comes.
+    let (address, asked) = serve(vec![Send(b"HTTP/1.1 200 OK\r\n\r\n")]).await;
+    let proxied = Connector { refused: direct.refused.clone(), ..through(&[address], None) };
     for ip in [
         "127.0.0.1",
         "127.255.255.254",
@@ -389,8 +392,11 @@ async fn direct_reaches_no_forbidden_address() {
         "2001:db8::7",
     ] {
         let ip: IpAddr = ip.parse().unwrap();
-        let error = connector.connect(&Target::Address(SocketAddr::new(ip, 80))).await.unwrap_err();
-        assert!(matches!(error, ConnectError::Forbidden(_)), "{ip}: {error:?}");
+        for connector in [&direct, &proxied] {
+            let error = connector.connect(&Target::Address(SocketAddr::new(ip, 80))).await.unwrap_err();
+            assert!(matches!(error, ConnectError::Forbidden(_)), "{ip}: {error:?}");
+        }
     }
-    assert!(matches!(connector.connect(&name()).await, Err(ConnectError::Name { .. })));
+    assert!(!asked.is_finished(), "the proxy was asked");
+    assert!(matches!(direct.connect(&name()).await, Err(ConnectError::Name { .. })));
 }

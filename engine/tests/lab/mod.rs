@@ -3,6 +3,7 @@
 
 #![allow(unreachable_pub, dead_code, reason = "a module of each test program, not all of which use all of it")]
 
+mod link;
 mod peer;
 
 use std::io::{self, Read, Write};
