@@ -9,7 +9,7 @@ use super::{ConnectError, Connector, Target};
 
 /// Networks that a guest has no business in: all that is not the public Internet, above all this machine and what is near it
 /// (the special-purpose registries of IANA, RFC 6890), and IPv6 networks that stand for IPv4 addresses.
-pub const NOT_FOR_GUESTS: [IpNet; 28] = [
+pub const NOT_FOR_GUESTS: [IpNet; 25] = [
     // This network; loopback
     v4([0, 0, 0, 0], 8),
     v4([127, 0, 0, 0], 8),
@@ -22,14 +22,10 @@ pub const NOT_FOR_GUESTS: [IpNet; 28] = [
     // Protocol assignments; benchmarks, where local programs like to put addresses of their own
     v4([192, 0, 0, 0], 24),
     v4([198, 18, 0, 0], 15),
-    // Groups; reserved; everybody
+    // Groups; reserved, with broadcast
     v4([224, 0, 0, 0], 4),
     v4([240, 0, 0, 0], 4),
-    v4([255, 255, 255, 255], 32),
-    // Unspecified; loopback
-    v6([0, 0, 0, 0, 0, 0, 0, 0], 128),
-    v6([0, 0, 0, 0, 0, 0, 0, 1], 128),
-    // IPv4 inside: compatible, mapped, translated (SIIT, NAT64 twice), Teredo, 6to4
+    // IPv4 inside: compatible (with loopback and unspecified), mapped, translated (SIIT, NAT64 twice), Teredo, 6to4
     v6([0, 0, 0, 0, 0, 0, 0, 0], 96),
     v6([0, 0, 0, 0, 0, 0xffff, 0, 0], 96),
     v6([0, 0, 0, 0, 0xffff, 0, 0, 0], 96),
@@ -107,34 +103,30 @@ mod tests {
         connector.permits(&Target::Address(SocketAddr::new(ip, 443))).is_ok()
     }
 
+    /// First and last addresses, or one where the others are no different.
+    const INSIDE: &str = "0.0.0.0 0.255.255.255 10.0.0.0 10.255.255.255 100.64.0.0 100.127.255.255 127.0.0.0 127.255.255.255 169.254.0.0 \
+        169.254.255.255 172.16.0.0 172.31.255.255 192.0.0.0 192.0.0.255 192.168.0.0 192.168.255.255 198.18.0.0 198.19.255.255 224.0.0.0 \
+        239.255.255.255 240.0.0.0 255.255.255.254 255.255.255.255 :: ::1 ::7f00:1 ::ffff:10.0.0.1 ::ffff:0:127.0.0.1 64:ff9b::7f00:1 \
+        64:ff9b:1::1 100::1 2001::1 2001:2::1 2002:7f00:1::1 5f00::1 fc00::1 fdff::1 fe80::1 febf::1 fec0::1 feff::1 ff02::1";
+    /// What lies next to them.
+    const OUTSIDE: &str = "1.0.0.0 9.255.255.255 11.0.0.0 100.63.255.255 100.128.0.0 126.255.255.255 128.0.0.0 169.253.255.255 \
+        169.255.0.0 172.15.255.255 172.32.0.0 191.255.255.255 192.0.1.0 192.167.255.255 192.169.0.0 198.17.255.255 198.20.0.0 \
+        223.255.255.255 2001:1::1 2001:db8::1 2003::1 2606:4700::1111";
+
     #[test]
     fn a_guest_has_the_public_internet_and_nothing_else() {
         let guests = connector(&NOT_FOR_GUESTS, None);
-        for net in NOT_FOR_GUESTS {
-            for ip in [net.network(), net.broadcast()] {
-                assert!(!permits(&guests, ip), "{ip} of {net}");
-                if let IpAddr::V4(v4) = ip {
-                    assert!(!permits(&guests, v4.to_ipv6_mapped().into()), "{ip} of {net}, mapped");
-                }
+        for ip in INSIDE.split_whitespace() {
+            let ip: IpAddr = ip.parse().unwrap();
+            // Some of them nobody can have, whoever asks: the list is not to rely on that.
+            assert!(NOT_FOR_GUESTS.iter().any(|net| net.contains(&ip)), "{ip}");
+            assert!(!permits(&guests, ip), "{ip}");
+            if let IpAddr::V4(v4) = ip {
+                assert!(!permits(&guests, v4.to_ipv6_mapped().into()), "{ip}, mapped");
             }
         }
-        let edges = "1.0.0.0 9.255.255.255 11.0.0.0 100.63.255.255 100.128.0.0 126.255.255.255 128.0.0.0 169.253.255.255 169.255.0.0 \
-            172.15.255.255 172.32.0.0 191.255.255.255 192.0.1.0 192.167.255.255 192.169.0.0 198.17.255.255 198.20.0.0 223.255.255.255 \
-            2001:1::1 2001:db8::1 2003::1 2606:4700::1111";
-        for ip in edges.split_whitespace() {
+        for ip in OUTSIDE.split_whitespace() {
             assert!(permits(&guests, ip.parse().unwrap()), "{ip}");
-        }
-        for own in [
-            "10.10.10.2",
-            "10.10.11.1",
-            "127.0.0.1",
-            "192.168.1.2",
-            "169.254.169.254",
-            "fe80::1",
-            "fd00::1",
-            "64:ff9b::7f00:1",
-        ] {
-            assert!(!permits(&guests, own.parse().unwrap()), "{own}");
         }
     }
 
