@@ -44,13 +44,13 @@ pub(crate) enum Framing {
 pub(crate) enum Content<'a> {
     /// A packet, and whether its checksum needs no verifying.
     Packet(&'a [u8], bool),
-    /// A question that the answer to is known already.
-    WhoHasGateway(Link),
+    /// The guest asks for its gateway's MAC address.
+    WhoHasGateway,
 }
 
 impl Framing {
     /// Bytes in front of the packet.
-    pub(crate) fn prefix(self) -> usize {
+    pub(crate) fn prefix(&self) -> usize {
         match self {
             Self::Vnet => vnet::LENGTH,
             Self::Bare => 0,
@@ -62,30 +62,30 @@ impl Framing {
     ///
     /// # Errors
     /// Why it is dropped: too short, or from or to somebody who has no business on the link.
-    pub(crate) fn split(self, frame: &[u8]) -> Result<Content<'_>, Reason> {
+    pub(crate) fn split<'f>(&self, frame: &'f [u8]) -> Result<Content<'f>, Reason> {
         match self {
             Self::Vnet => {
                 let (header, packet) = frame.split_first_chunk().ok_or(Reason::Malformed)?;
                 Ok(Content::Packet(packet, vnet::is_vouched_for(header)))
             }
             Self::Bare => Ok(Content::Packet(frame, false)),
-            Self::Ethernet(link) => Ok(match ethernet::parse(&link, frame)? {
+            Self::Ethernet(link) => Ok(match ethernet::parse(link, frame)? {
                 ethernet::Frame::Ipv4(packet) => Content::Packet(packet, false),
-                ethernet::Frame::WhoHasGateway => Content::WhoHasGateway(link),
+                ethernet::Frame::WhoHasGateway => Content::WhoHasGateway,
             }),
         }
     }
 
     /// What smoltcp may leave to the device. Its IPv6 path knows no segmentation: it drops what exceeds the MTU and passes no
     /// segment size on. So with offloads the IPv6 side is told the largest MTU and [`Port::mss6`] gives the size.
-    pub(crate) fn capabilities(self, mtu: u16, v6: bool) -> DeviceCapabilities {
+    pub(crate) fn capabilities(&self, mtu: u16, v6: bool) -> DeviceCapabilities {
         let mut capabilities = DeviceCapabilities::default();
         capabilities.medium = Medium::Ip;
         capabilities.max_transmission_unit = usize::from(mtu);
         // What comes in was verified before smoltcp sees it.
         capabilities.checksum.ipv4 = Checksum::Tx;
         capabilities.checksum.tcp = Checksum::Tx;
-        if self == Self::Vnet {
+        if *self == Self::Vnet {
             capabilities.checksum.tcp = Checksum::None;
             let largest = NonZeroUsize::new(MAX_PACKET);
             let mut segmentation = SegmentationCapabilities::default();
@@ -148,8 +148,8 @@ impl<Q: Queue> Sender<Q> {
     }
 
     /// What stands in front of packets.
-    pub(crate) fn framing(&self) -> Framing {
-        self.framing
+    pub(crate) fn framing(&self) -> &Framing {
+        &self.framing
     }
 
     /// True while frames wait. Nothing that makes more of them may be started then.
@@ -184,8 +184,14 @@ impl<Q: Queue> Sender<Q> {
         self.send_whole(frame.into());
     }
 
-    /// Sends a complete frame.
-    pub(crate) fn send_whole(&mut self, frame: Box<[u8]>) {
+    /// Tells a guest its gateway's MAC address.
+    pub(crate) fn answer_who_has(&mut self) {
+        if let Framing::Ethernet(link) = &self.framing {
+            self.send_whole(Box::new(ethernet::gateway_is_at(link)));
+        }
+    }
+
+    fn send_whole(&mut self, frame: Box<[u8]>) {
         if self.is_blocked() || !self.write(&frame) {
             self.waiting.push_back(frame);
         }
@@ -288,8 +294,7 @@ pub(crate) struct Transmit<'a, Q> {
 
 impl<Q: Queue> phy::TxToken for Transmit<'_, Q> {
     fn consume<R, F: FnOnce(&mut [u8]) -> R>(self, length: usize, f: F) -> R {
-        let framing = self.sender.framing;
-        let prefix = framing.prefix();
+        let prefix = self.sender.framing.prefix();
         let end = prefix + length;
         if self.sender.frame.len() < end {
             // smoltcp keeps to `MAX_PACKET`; a longer packet would still be whole here, and the device would refuse it.
@@ -297,7 +302,7 @@ impl<Q: Queue> phy::TxToken for Transmit<'_, Q> {
         }
         let result = f(&mut self.sender.frame[prefix..end]);
         let (header, packet) = self.sender.frame[..end].split_at_mut(prefix);
-        match &framing {
+        match &self.sender.framing {
             Framing::Vnet => header.copy_from_slice(&offload(packet, self.segment, self.mss6)),
             Framing::Bare => {}
             Framing::Ethernet(link) => header.copy_from_slice(&ethernet::header(link)),

@@ -23,7 +23,6 @@ use crate::device::{Content, Port, Queue, Sender};
 use crate::event::FlowInfo;
 use crate::flow::{Flow, Pending, Stage, state_name};
 use crate::health::Health;
-use crate::packet::ethernet::gateway_is_at;
 use crate::packet::icmp::port_unreachable;
 use crate::packet::parse::{self, Drop as Reason, Packet, RST, SYN, Segment};
 use crate::relay::{End, Pumped, Relay};
@@ -165,9 +164,9 @@ impl<Q: Queue> Shard<Q> {
     pub(crate) fn frame(&mut self, now: Instant, frame: &[u8]) {
         let (packet, vouched_for) = match self.sender.framing().split(frame) {
             Ok(Content::Packet(packet, vouched_for)) => (packet, vouched_for),
-            Ok(Content::WhoHasGateway(link)) => {
+            Ok(Content::WhoHasGateway) => {
                 self.counters.arp_answered.increment();
-                self.sender.send_whole(Box::new(gateway_is_at(&link)));
+                self.sender.answer_who_has();
                 return;
             }
             Err(reason) => {

@@ -289,7 +289,7 @@ impl World {
     fn put(&mut self, frame: Vec<u8>) {
         self.seen.frames += 1;
         match self.framing.split(&frame) {
-            Err(_) | Ok(Content::WhoHasGateway(_)) => self.seen.short += 1,
+            Err(_) | Ok(Content::WhoHasGateway) => self.seen.short += 1,
             Ok(Content::Packet(packet, vouched_for)) => {
                 let is_tcp = matches!(parse::parse(packet, vouched_for), Ok(Packet::Tcp(_)));
                 self.seen.tcp += u64::from(is_tcp);
