@@ -30,6 +30,8 @@ enum Escape {
     Begun,
     /// After `ESC [`.
     Sequence,
+    /// In a string, such as a title, to its end or the line's.
+    Text,
 }
 
 impl Console {
@@ -56,8 +58,11 @@ impl Console {
                 (Escape::None, 0x80..) => self.push('?'),
                 (Escape::None, _) => {}
                 (Escape::Begun, b'[') => self.escape = Escape::Sequence,
+                (Escape::Begun, b']' | b'P' | b'X' | b'^' | b'_') => self.escape = Escape::Text,
                 (Escape::Sequence, b' '..=b'?') => {}
-                (Escape::Begun | Escape::Sequence, _) => self.escape = Escape::None,
+                (Escape::Text, 0x1b) => self.escape = Escape::Begun,
+                (Escape::Text, byte) if !matches!(byte, b'\n' | 0x07) => {}
+                (Escape::Begun | Escape::Sequence | Escape::Text, _) => self.escape = Escape::None,
             }
         }
         lines
@@ -117,6 +122,7 @@ mod tests {
     fn what_steers_a_terminal_does_not_get_through() {
         assert_eq!(lines(b"\x1bc\x1b[?7l\x1b[2J\x1b[0mSeaBIOS (version 1)\r\n"), ["SeaBIOS (version 1)"]);
         assert_eq!(lines(b"a\x07\x08\x00b\tc\x7f\n\x1b\x1b[31mred\x1b[0m\n"), ["ab c", "red"]);
+        assert_eq!(lines(b"\x1b]0;title\x07one\n\x1bPabc\x1b\\two\n\x1b]no end\nthree\n"), ["one", "two", "three"]);
         assert_eq!(lines("\u{202e}\u{9b}31m\n".as_bytes()), ["?????31m"]);
         for line in lines(&(0..=255).cycle().take(9999).collect::<Vec<u8>>()) {
             assert!(line.bytes().all(|byte| (b' '..=b'~').contains(&byte)), "{line:?}");

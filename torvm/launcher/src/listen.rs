@@ -12,7 +12,9 @@ use nix::unistd::User;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use rustix::net::sockopt::socket_peercred;
-use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, accept_with, bind, listen, socket_with};
+use rustix::net::{
+    AddressFamily, RecvFlags, SocketAddrUnix, SocketFlags, SocketType, accept_with, bind, listen, recv, socket_with,
+};
 use rustix::process::geteuid;
 
 use crate::isolate::Identity;
@@ -22,6 +24,8 @@ use crate::{Stage, run};
 const MOST: usize = 4;
 /// How often ended children are looked for while there are some.
 const REAP: Timespec = Timespec { tv_sec: 1, tv_nsec: 0 };
+/// How long a caller who is refused may take to send its request.
+const HEAR_OUT: Timespec = Timespec { tv_sec: 0, tv_nsec: 100_000_000 };
 /// After an error that comes again at once, such as too many open files.
 const PAUSE: Duration = Duration::from_millis(100);
 
@@ -70,6 +74,7 @@ pub(crate) fn forever(path: &Path, owner: &str, user: &str, qemu: Option<&Path>)
                     .and_then(|()| spawn(&connection, identity, qemu).map(|child| children.push(child)))
                 {
                     run::refuse(&connection, cause);
+                    hear_out(&connection);
                 }
             }
             Err(Errno::AGAIN | Errno::INTR | Errno::CONNABORTED) => {}
@@ -138,4 +143,11 @@ pub(crate) fn staged(stage: Stage, identity: Identity, qemu: Option<&Path>) -> C
         command.arg("--qemu").arg(qemu);
     }
     command
+}
+
+/// Waits shortly for the request that is not wanted: who closes without having read it resets the connection, and the answer is lost.
+fn hear_out(connection: &OwnedFd) {
+    if poll(&mut [PollFd::new(connection, PollFlags::IN)], Some(&HEAR_OUT)).is_ok() {
+        let _ = recv(connection, &mut [0u8; 1], RecvFlags::DONTWAIT);
+    }
 }
