@@ -126,7 +126,7 @@ pub(crate) struct Rules<'a> {
 }
 
 /// Opens a directory without following a link. Its owner and mode are [`check_dir`]'s.
-pub(super) fn open_dir(path: &Path) -> Result<OwnedFd, FileError> {
+pub(crate) fn open_dir(path: &Path) -> Result<OwnedFd, FileError> {
     let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
     openat(CWD, path, flags, Mode::empty()).map_err(|errno| match errno {
         // With O_DIRECTORY a link is ENOTDIR as well (open(2)).
@@ -136,7 +136,7 @@ pub(super) fn open_dir(path: &Path) -> Result<OwnedFd, FileError> {
 }
 
 /// Owner and mode of an open directory.
-pub(super) fn check_dir(dir: BorrowedFd<'_>, path: &Path, owners: &[u32]) -> Result<(), FileError> {
+pub(crate) fn check_dir(dir: BorrowedFd<'_>, path: &Path, owners: &[u32]) -> Result<(), FileError> {
     check_owner(&stat(dir, path)?, path, owners)
 }
 
@@ -146,7 +146,7 @@ pub(crate) fn read(path: &Path, rules: Rules<'_>) -> Result<Zeroizing<Vec<u8>>, 
 }
 
 /// Reads a regular file completely, by its name in `dir`. `path` is for messages.
-pub(super) fn read_at(
+pub(crate) fn read_at(
     dir: BorrowedFd<'_>,
     name: &OsStr,
     path: &Path,
@@ -157,7 +157,8 @@ pub(super) fn read_at(
         .ok_or_else(|| FileError::TooLarge { path: path.into(), max: rules.max })
 }
 
-fn open_at(dir: BorrowedFd<'_>, name: &OsStr, path: &Path, rules: Rules<'_>) -> Result<File, FileError> {
+/// Opens a regular file by its name in `dir`, to be read. `path` is for messages.
+pub(crate) fn open_at(dir: BorrowedFd<'_>, name: &OsStr, path: &Path, rules: Rules<'_>) -> Result<File, FileError> {
     // O_NONBLOCK: opening a FIFO must not wait for its writer.
     let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC;
     let fd = openat(dir, name, flags, Mode::empty()).map_err(|errno| open_error(path, errno))?;
