@@ -43,6 +43,9 @@ pub(crate) enum Command {
     Doctor(Box<Plan>),
     /// No network unless connected, also after a reboot
     Lockdown(Lockdown),
+    /// Tor: new identity, circuits, bridges, log
+    #[command(subcommand, name = "torvm")]
+    TorVm(TorVm),
     /// Give the network back without daemon and bus (as root)
     Rescue,
     /// Print a completion script
@@ -75,9 +78,9 @@ pub(crate) struct Json {
 /// How long to wait.
 #[derive(Debug, Args)]
 pub(crate) struct Wait {
-    /// Give up waiting after this time; the daemon goes on
-    #[arg(long, value_name = "SECONDS", default_value_t = 60, value_parser = clap::value_parser!(u64).range(1..=86_400))]
-    pub(crate) timeout: u64,
+    /// Give up waiting after this time; the daemon goes on [default: 60 without progress, 180 while Tor finds its way]
+    #[arg(long, value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(1..=86_400))]
+    pub(crate) timeout: Option<u64>,
     /// Return as soon as the daemon has accepted it
     #[arg(long)]
     pub(crate) no_wait: bool,
@@ -209,11 +212,11 @@ pub(crate) enum Profile {
         #[command(flatten)]
         output: Json,
     },
-    /// Store a TOML file as a profile
+    /// Store a TOML file, or one of TorVM's JSON, as a profile
     Import {
         /// The file; "-" is standard input
         file: PathBuf,
-        /// Name of the profile [default: the file's name without .toml]
+        /// Name of the profile [default: the file's name without .toml or .json]
         #[arg(long)]
         name: Option<String>,
         /// Replace an imported profile of that name
@@ -225,6 +228,43 @@ pub(crate) enum Profile {
         /// Names of the profiles
         #[arg(required = true)]
         names: Vec<String>,
+    },
+}
+
+/// `torvm`.
+#[derive(Debug, Subcommand)]
+pub(crate) enum TorVm {
+    /// Let new connections take other ways through the Tor network
+    NewIdentity,
+    /// List the ways through the Tor network
+    Circuits(Json),
+    /// Set and list bridges
+    #[command(subcommand)]
+    Bridges(Bridges),
+    /// Show Tor's log
+    Log(Logs),
+}
+
+/// `torvm bridges`.
+#[derive(Debug, Subcommand)]
+pub(crate) enum Bridges {
+    /// Set the bridges of an imported profile
+    Set {
+        /// Name of the profile
+        profile: String,
+        /// Bridges, as bridges.torproject.org gives them; "-" reads them from standard input, one a line
+        lines: Vec<String>,
+        /// How they are reached: none, obfs4 or meek; none without bridges removes them [default: as the first one says]
+        #[arg(long, value_name = "TRANSPORT")]
+        transport: Option<String>,
+    },
+    /// List the bridges of one or all profiles
+    List {
+        /// Name of the profile
+        profile: Option<String>,
+        /// JSON.
+        #[command(flatten)]
+        output: Json,
     },
 }
 
@@ -356,6 +396,12 @@ mod tests {
             "proxyctl lockdown",
             "proxyctl lockdown on",
             "proxyctl lockdown status --json",
+            "proxyctl torvm new-identity",
+            "proxyctl torvm circuits --json",
+            "proxyctl torvm bridges set tor 192.0.2.1:443 192.0.2.2:443",
+            "proxyctl torvm bridges set tor --transport none",
+            "proxyctl torvm bridges list tor --json",
+            "proxyctl torvm log -f -n 3 --json",
             "proxyctl rescue",
             "proxyctl completions fish",
         ] {
@@ -390,6 +436,8 @@ mod tests {
             "proxyctl profile remove",
             "proxyctl logs -n 0",
             "proxyctl lockdown maybe",
+            "proxyctl torvm",
+            "proxyctl torvm bridges set",
             "proxyctl completions tcsh",
         ] {
             assert_eq!(parse(bad).map(|_| ()).map_err(|error| error.exit_code()), Err(2), "{bad}");

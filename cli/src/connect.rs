@@ -9,16 +9,17 @@ use crate::bus::{AUTHENTICATED, Bus};
 use crate::exit::{Exit, Failure, Outcome};
 use crate::options::Password;
 use crate::status::Snapshot;
-use crate::wait::{Goal, Limits, drive};
+use crate::wait::{Goal, Limits, Patience, drive};
 use crate::{keep, plan, ssh, text};
 
 impl Wait {
     /// Somebody who types a password has time for it; a script does not wait longer than it said.
     fn limits(&self) -> Limits {
-        let goal = Duration::from_secs(self.timeout);
+        let patience = self.timeout.map_or(Patience::Progress, |seconds| Patience::Total(Duration::from_secs(seconds)));
+        let reply = patience.limit("");
         Limits {
-            reply: if interactive() { AUTHENTICATED.max(goal) } else { goal },
-            goal: (!self.no_wait).then_some(goal),
+            reply: if interactive() { AUTHENTICATED.max(reply) } else { reply },
+            goal: (!self.no_wait).then_some(patience),
         }
     }
 }

@@ -3,7 +3,7 @@
 use futures_util::StreamExt as _;
 use futures_util::stream::{self, LocalBoxStream, SelectAll};
 use proxyvpn_dbus::names;
-use proxyvpn_dbus::types::{Progress, Reason};
+use proxyvpn_dbus::types::{Bootstrap, Progress, Reason};
 use zbus::fdo::PropertiesProxy;
 use zbus::proxy::CacheProperties;
 
@@ -29,6 +29,8 @@ pub(crate) enum Event {
         /// How far it is.
         progress: Progress,
     },
+    /// Tor got further, or warns.
+    Bootstrap(Bootstrap),
     /// Another property changed.
     Other,
     /// The daemon left the bus, or the bus left us.
@@ -65,6 +67,20 @@ impl Events {
             });
             progress.unwrap_or(Event::Other)
         });
+        let tor = PropertiesProxy::builder(&bus.connection)
+            .destination(names::BUS)
+            .path(names::TORVM_PATH)
+            .cache_properties(CacheProperties::No)
+            .build()
+            .await
+            .map_err(fail)?;
+        let tor = tor.receive_properties_changed().await.map_err(fail)?.map(|signal| {
+            let bootstrap = signal.args().ok().and_then(|args| {
+                let value = args.changed_properties.get("Bootstrap")?.try_to_owned().ok()?;
+                Bootstrap::try_from(value).ok()
+            });
+            bootstrap.map_or(Event::Other, Event::Bootstrap)
+        });
         let owners = bus.manager.inner().receive_owner_changed().await.map_err(fail)?;
         let owners = owners.map(|owner| if owner.is_none() { Event::Vanished } else { Event::Other });
         // A stream that ends means that the bus is gone.
@@ -72,6 +88,7 @@ impl Events {
         Ok(Self(stream::select_all([
             states.chain(gone()).boxed_local(),
             changes.chain(gone()).boxed_local(),
+            tor.chain(gone()).boxed_local(),
             owners.chain(gone()).boxed_local(),
         ])))
     }

@@ -26,8 +26,13 @@ fn print(record: &LogRecord, json: bool) -> Result<(), Failure> {
     if json { text::json(&Output { version: 1, record }) } else { text::out(&line(record)) }
 }
 
-/// `logs`. With `--json`: one object, or with `--follow` one a record.
+/// `logs`.
 pub(crate) async fn logs(args: &Logs) -> Outcome {
+    of(args, None).await
+}
+
+/// The log, or the part of it that one `target` wrote. With `--json`: one object, or with `--follow` one a record.
+pub(crate) async fn of(args: &Logs, target: Option<&str>) -> Outcome {
     #[derive(Serialize)]
     struct Output<'a> {
         version: u32,
@@ -39,8 +44,16 @@ pub(crate) async fn logs(args: &Logs) -> Outcome {
     let mut owner = bus.manager.inner().receive_owner_changed().await.map_err(fail)?;
     let mut entries = bus.manager.receive_log_entry().await.map_err(fail)?;
     let count = args.lines.unwrap_or(if args.follow { 10 } else { 0 });
+    let wanted = |record: &LogRecord| target.is_none_or(|target| record.target == target);
     let agent = Agent::start();
-    let records = bounded(AUTHENTICATED, bus.manager.get_log(count)).await?;
+    // The daemon counts all records, whoever wrote them.
+    let asked = if target.is_some() { 0 } else { count };
+    let mut records = bounded(AUTHENTICATED, bus.manager.get_log(asked)).await?;
+    records.retain(wanted);
+    if target.is_some() && count > 0 {
+        let newest = usize::try_from(count).unwrap_or(usize::MAX);
+        records.drain(..records.len().saturating_sub(newest));
+    }
     drop(agent);
     if !args.follow {
         if args.output.json {
@@ -59,7 +72,7 @@ pub(crate) async fn logs(args: &Logs) -> Outcome {
                 let Some(entry) = entry else { return Err(vanished()) };
                 let entry = entry.args().map_err(fail)?;
                 // One that came between the subscription and the reply is in both.
-                if !records.contains(&entry.record) {
+                if wanted(&entry.record) && !records.contains(&entry.record) {
                     print(&entry.record, args.output.json)?;
                 }
             }

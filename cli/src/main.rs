@@ -21,6 +21,7 @@ mod ssh;
 mod status;
 mod sys;
 mod text;
+mod torvm;
 mod wait;
 
 #[cfg(test)]
@@ -63,6 +64,7 @@ async fn run(command: &Command) -> Outcome {
         Command::Flows(args) => flows::flows(args).await,
         Command::Doctor(args) => doctor::doctor(args).await,
         Command::Lockdown(args) => lockdown::lockdown(args).await,
+        Command::TorVm(verb) => torvm::torvm(verb).await,
         Command::Rescue => rescue::rescue().await,
         Command::Completions { shell } => completions(*shell),
     }

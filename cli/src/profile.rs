@@ -14,7 +14,7 @@ use crate::args::Profile as Verb;
 use crate::bus::{AUTHENTICATED, Bus, bounded, take};
 use crate::exit::{Exit, Failure, Outcome};
 use crate::secret::sealed;
-use crate::text;
+use crate::{text, torvm};
 
 /// A profile file is at most so long, in bytes.
 const LIMIT: u64 = 1 << 20;
@@ -117,6 +117,15 @@ async fn import(file: &Path, name: Option<&str>, replace: bool) -> Outcome {
     reader.take(LIMIT + 1).read_to_end(&mut content).map_err(fail)?;
     if content.len() as u64 > LIMIT {
         return Err(Failure::new(Exit::Failure, format!("{} is longer than 1 MiB: not a profile", file.display())));
+    }
+    if torvm::import::is_json(&content) {
+        let fail = |cause| Failure::new(Exit::Failure, format!("{}: {cause}", file.display()));
+        let converted = torvm::import::convert(&content, &name).map_err(fail)?;
+        text::out(&text::lines(&converted.text))?;
+        for note in converted.notes {
+            text::note(&format!("proxyctl: note: {}", text::line(&note)));
+        }
+        content = converted.text.into_bytes();
     }
     // The daemon reads a copy in memory, so that no slow file can hold it up.
     let fd = sealed(&content).map_err(fail)?;

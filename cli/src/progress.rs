@@ -3,6 +3,8 @@
 use std::io::{self, IsTerminal as _, Write as _};
 use std::time::Instant;
 
+use proxyvpn_dbus::types::Bootstrap;
+
 use crate::text;
 
 /// Shows how far an attempt is.
@@ -11,13 +13,20 @@ pub(crate) struct Display {
     redraw: bool,
     started: Instant,
     shown: String,
+    /// What Tor warned of last.
+    warned: String,
 }
 
 impl Display {
     /// For standard error as it is.
     pub(crate) fn new() -> Self {
         let dumb = std::env::var_os("TERM").is_none_or(|term| term.is_empty() || term == "dumb");
-        Self { redraw: io::stderr().is_terminal() && !dumb, started: Instant::now(), shown: String::new() }
+        Self {
+            redraw: io::stderr().is_terminal() && !dumb,
+            started: Instant::now(),
+            shown: String::new(),
+            warned: String::new(),
+        }
     }
 
     /// Whether the line is redrawn, so that the time in it needs a tick.
@@ -27,7 +36,28 @@ impl Display {
 
     /// Shows a step; the same one again shows nothing elsewhere than on a terminal.
     pub(crate) fn show(&mut self, state: &str, phase: &str, percent: u32, summary: &str) {
-        let step = step(state, phase, percent, summary);
+        self.draw(step(state, phase, percent, summary));
+    }
+
+    /// Shows how far Tor is, and what it warns of.
+    pub(crate) fn tor(&mut self, bootstrap: &Bootstrap) {
+        let warning = warning(bootstrap);
+        if !warning.is_empty() && warning != self.warned {
+            self.clear();
+            text::note(&warning);
+        }
+        self.warned = warning;
+        let percent = bootstrap.percent.min(100);
+        let summary = text::line(&bootstrap.summary);
+        self.draw(if self.redraw {
+            let done = usize::try_from(percent / 5).unwrap_or_default();
+            format!("Tor [{:-<20}] {percent}%  {summary}", "#".repeat(done))
+        } else {
+            format!("Tor {percent}%: {summary}")
+        });
+    }
+
+    fn draw(&mut self, step: String) {
         let new = step != self.shown;
         self.shown = step;
         if self.redraw {
@@ -53,14 +83,38 @@ impl Display {
     }
 }
 
-impl Drop for Display {
+impl Display {
     /// Takes the line away.
-    fn drop(&mut self) {
+    fn clear(&self) {
         if self.redraw && !self.shown.is_empty() {
             let mut stderr = io::stderr().lock();
             let _ = write!(stderr, "\r\x1b[K").and_then(|()| stderr.flush());
         }
     }
+}
+
+impl Drop for Display {
+    fn drop(&mut self) {
+        self.clear();
+    }
+}
+
+/// What Tor warns of and what may be done, as one line.
+fn warning(bootstrap: &Bootstrap) -> String {
+    if bootstrap.warning.is_empty() && bootstrap.hint.is_empty() {
+        return String::new();
+    }
+    let mut line = "proxyctl: warning: Tor is held up".to_owned();
+    if !bootstrap.warning.is_empty() {
+        line.push_str(&format!(": {}", bootstrap.warning));
+    }
+    if !bootstrap.reason.is_empty() {
+        line.push_str(&format!(" ({})", bootstrap.reason));
+    }
+    if !bootstrap.hint.is_empty() {
+        line.push_str(&format!(". {}", bootstrap.hint));
+    }
+    text::line(&line).into_owned()
 }
 
 fn step(state: &str, phase: &str, percent: u32, summary: &str) -> String {
@@ -80,6 +134,21 @@ fn step(state: &str, phase: &str, percent: u32, summary: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_warning_is_one_safe_line() {
+        let bootstrap = |warning: &str, reason: &str, hint: &str| Bootstrap {
+            warning: warning.to_owned(),
+            reason: reason.to_owned(),
+            hint: hint.to_owned(),
+            ..Bootstrap::default()
+        };
+        assert_eq!(warning(&bootstrap("", "", "")), "");
+        assert_eq!(
+            warning(&bootstrap("No route\x1b[2J", "NOROUTE", "Is there a network?")),
+            "proxyctl: warning: Tor is held up: No route\\x1b[2J (NOROUTE). Is there a network?"
+        );
+    }
 
     #[test]
     fn a_step_is_one_safe_line() {

@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 
 use proxyvpn_dbus::options::status as key;
-use proxyvpn_dbus::types::{HealthItem, Progress, Reason, State};
+use proxyvpn_dbus::types::{Bootstrap, HealthItem, Progress, Reason, State};
 use serde::Serialize;
 use zbus::OwnedVariant;
 
@@ -33,8 +33,51 @@ pub(crate) struct Snapshot {
     pub(crate) firewall: String,
     pub(crate) device: String,
     pub(crate) resolvers: Vec<String>,
+    /// With the torvm backend.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) torvm: Option<Tor>,
     pub(crate) health: Vec<HealthItem>,
     pub(crate) statistics: std::collections::BTreeMap<String, u64>,
+}
+
+/// What there is only with the torvm backend.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub(crate) struct Tor {
+    pub(crate) bootstrap: Bootstrap,
+    pub(crate) accelerator: String,
+    pub(crate) accelerator_reason: String,
+    pub(crate) transport: String,
+}
+
+impl Tor {
+    fn take(map: &mut HashMap<String, OwnedVariant>) -> Result<Self, Failure> {
+        Ok(Self {
+            bootstrap: take(map, key::BOOTSTRAP)?,
+            accelerator: take(map, key::ACCELERATOR)?,
+            accelerator_reason: take(map, key::ACCELERATOR_REASON)?,
+            transport: take(map, key::TRANSPORT)?,
+        })
+    }
+
+    /// The lines of `status`.
+    fn fields(&self, mut field: impl FnMut(&str, &str)) {
+        let Bootstrap { percent, summary, warning, reason, hint, .. } = &self.bootstrap;
+        if !summary.is_empty() {
+            field("Tor", &format!("{percent}%: {summary}"));
+        }
+        if !warning.is_empty() {
+            let code = if reason.is_empty() { String::new() } else { format!(" ({reason})") };
+            field("Tor warns", &format!("{warning}{code}"));
+        }
+        field("Hint", hint);
+        field("Transport", if self.transport == "none" { "" } else { &self.transport });
+        let why =
+            if self.accelerator_reason.is_empty() { String::new() } else { format!(": {}", self.accelerator_reason) };
+        if !self.accelerator.is_empty() {
+            field("VM runs by", &format!("{}{why}", self.accelerator));
+        }
+    }
 }
 
 impl Snapshot {
@@ -44,6 +87,7 @@ impl Snapshot {
     }
 
     fn from_reply(mut map: HashMap<String, OwnedVariant>) -> Result<Self, Failure> {
+        let torvm = if map.contains_key(key::BOOTSTRAP) { Some(Tor::take(&mut map)?) } else { None };
         Ok(Self {
             version: 1,
             daemon_version: take(&mut map, "Version")?,
@@ -60,6 +104,7 @@ impl Snapshot {
             firewall: take(&mut map, key::FIREWALL)?,
             device: take(&mut map, key::DEVICE)?,
             resolvers: take(&mut map, key::RESOLVERS)?,
+            torvm,
             health: take(&mut map, "Health")?,
             statistics: take(&mut map, "Statistics")?,
         })
@@ -105,6 +150,9 @@ impl Snapshot {
         field("Profile", &self.profile);
         field("Backend", &self.backend);
         field("Upstream", &self.upstream);
+        if let Some(tor) = &self.torvm {
+            tor.fields(&mut field);
+        }
         field("Device", &self.device);
         field("Firewall", &self.firewall);
         field("Blocking", if self.blocking { "yes: nothing goes around the tunnel" } else { "no" });

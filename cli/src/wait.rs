@@ -6,7 +6,7 @@ use std::pin::pin;
 use std::time::Duration;
 
 use proxyvpn_dbus::Error;
-use proxyvpn_dbus::types::{Progress, Reason, State};
+use proxyvpn_dbus::types::{Bootstrap, Progress, Reason, State};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::time::{Instant, MissedTickBehavior, interval_at, sleep_until};
 
@@ -34,13 +34,33 @@ pub(crate) enum Goal {
     Disconnect,
 }
 
+/// How long the goal is waited for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Patience {
+    /// So long in all.
+    Total(Duration),
+    /// As long as there is progress: Tor's way into its network may take minutes.
+    Progress,
+}
+
+impl Patience {
+    /// How long without progress in `phase`.
+    pub(crate) fn limit(self, phase: &str) -> Duration {
+        match self {
+            Self::Total(limit) => limit,
+            Self::Progress if phase == "wait-bootstrap" => Duration::from_secs(180),
+            Self::Progress => Duration::from_secs(60),
+        }
+    }
+}
+
 /// How long to wait.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Limits {
     /// For the answer to the call.
     pub(crate) reply: Duration,
     /// For the goal after the answer; without it, nothing is waited for.
-    pub(crate) goal: Option<Duration>,
+    pub(crate) goal: Option<Patience>,
 }
 
 /// Ctrl-C and SIGTERM.
@@ -84,11 +104,14 @@ pub(crate) async fn drive(
             () = &mut deadline => return Err(silent(limits.reply)),
         }
     }
-    let Some(limit) = limits.goal else { return Ok(()) };
+    let Some(patience) = limits.goal else { return Ok(()) };
     let mut display = Display::new();
     let mut progress = Progress::default();
+    let mut tor = Bootstrap::default();
     let mut shown = (String::new(), String::new());
+    let mut best = Best::default();
     let now = Instant::now();
+    let mut limit = patience.limit("");
     let deadline = sleep_until(now + limit);
     let mut deadline = pin!(deadline);
     let mut look = interval_at(now + FIRST_LOOK, LOOK);
@@ -108,10 +131,17 @@ pub(crate) async fn drive(
                             shown.1.clone_from(phase);
                         }
                     }
+                    Event::Bootstrap(bootstrap) => tor = bootstrap.clone(),
                     Event::Other | Event::Vanished => {}
                 }
+                if patience == Patience::Progress && best.beaten(&shown, progress.percent, tor.percent) {
+                    limit = patience.limit(&shown.1);
+                    deadline.as_mut().reset(Instant::now() + limit);
+                }
                 // A step without a phase is the end of one, which the result tells.
-                if matches!(shown.0.as_str(), "connecting" | "disconnecting") && !shown.1.is_empty() {
+                if shown.1 == "wait-bootstrap" && !tor.tag.is_empty() {
+                    display.tor(&tor);
+                } else if matches!(shown.0.as_str(), "connecting" | "disconnecting") && !shown.1.is_empty() {
                     display.show(&shown.0, &shown.1, progress.percent, &progress.summary);
                 }
                 tracker.event(&event)
@@ -122,11 +152,31 @@ pub(crate) async fn drive(
                 Err(_) => None,
             },
             _ = tick.tick(), if display.redraws() => { display.tick(); None }
-            () = &mut deadline => return Err(timed_out(goal, limit)),
+            () = &mut deadline => return Err(timed_out(goal, patience, limit)),
         };
         if let Some(end) = end {
             return end;
         }
+    }
+}
+
+/// How far it has ever been, so that what only goes back and forth is no progress.
+#[derive(Debug, Default)]
+struct Best {
+    step: (String, String),
+    percent: (u32, u32),
+}
+
+impl Best {
+    /// Whether this is further.
+    fn beaten(&mut self, step: &(String, String), percent: u32, tor: u32) -> bool {
+        if self.step != *step {
+            *self = Self { step: step.clone(), percent: (percent, tor) };
+            return true;
+        }
+        let (old, new) = (self.percent, (self.percent.0.max(percent), self.percent.1.max(tor)));
+        self.percent = new;
+        new != old
     }
 }
 
@@ -152,7 +202,7 @@ impl Tracker {
                 self.judge(state, reason, told && state == State::Disconnected)
             }
             Event::Vanished => Some(Err(vanished())),
-            Event::Progress { .. } | Event::Other => None,
+            Event::Progress { .. } | Event::Bootstrap(_) | Event::Other => None,
         }
     }
 
@@ -209,12 +259,16 @@ fn blocked(reason: &Reason, lockdown: bool) -> Failure {
     ))
 }
 
-fn timed_out(goal: Goal, limit: Duration) -> Failure {
+fn timed_out(goal: Goal, patience: Patience, limit: Duration) -> Failure {
     let (what, next) = match goal {
         Goal::Disconnect => ("disconnected", "sudo proxyctl rescue gives the network back without it"),
         Goal::Connect | Goal::Reconnect => ("connected", "proxyctl disconnect gives it up"),
     };
-    Failure::new(Exit::TimedOut, format!("not {what} after {} s", limit.as_secs()))
+    let how = match patience {
+        Patience::Total(_) => "after",
+        Patience::Progress => "and no progress for",
+    };
+    Failure::new(Exit::TimedOut, format!("not {what} {how} {} s", limit.as_secs()))
         .advise(format!("The daemon goes on: proxyctl status --watch shows it; {next}."))
 }
 
@@ -271,6 +325,22 @@ mod tests {
             assert_eq!(run(Goal::Connect, &events), end, "{events:?}");
             assert_eq!(run(Goal::Reconnect, &events), end, "{events:?}");
         }
+    }
+
+    #[test]
+    fn only_getting_further_is_progress() {
+        let step = |phase: &str| ("connecting".to_owned(), phase.to_owned());
+        let mut best = Best::default();
+        assert!(best.beaten(&step("launch-vm"), 6, 0));
+        assert!(!best.beaten(&step("launch-vm"), 6, 0));
+        assert!(best.beaten(&step("wait-bootstrap"), 14, 0));
+        assert!(best.beaten(&step("wait-bootstrap"), 14, 10));
+        assert!(!best.beaten(&step("wait-bootstrap"), 14, 5), "Tor goes back and forth");
+        assert!(!best.beaten(&step("wait-bootstrap"), 14, 10));
+        assert!(best.beaten(&step("wait-bootstrap"), 14, 11));
+        assert!(Patience::Progress.limit("wait-bootstrap") > Patience::Progress.limit("launch-vm"));
+        let total = Patience::Total(Duration::from_secs(5));
+        assert_eq!(total.limit("wait-bootstrap"), Duration::from_secs(5), "who gives a time means it");
     }
 
     #[test]

@@ -16,6 +16,9 @@ pub const TORVM_PATH: &str = "/org/proxyvpn1/torvm";
 /// Interface of [`TORVM_PATH`].
 pub const TORVM: &str = "org.proxyvpn1.TorVm";
 
+/// Target of the log records that come from Tor and its virtual machine ([`LogRecord`](crate::types::LogRecord)).
+pub const TOR_LOG: &str = "torvm";
+
 /// polkit actions (`polkit/org.proxyvpn1.policy`).
 pub mod action {
     /// Connect an approved profile.

@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use proxyvpn_dbus::types::{Check, Flow, HealthItem, LogRecord, PlanStep, Progress, Reason};
+use proxyvpn_dbus::types::{Bootstrap, Check, Circuit, Flow, HealthItem, LogRecord, PlanStep, Progress, Reason};
 use proxyvpn_dbus::{Error, names};
 use zbus::{Connection, OwnedObjectPath, OwnedVariant, Variant, fdo};
 
@@ -107,6 +107,8 @@ pub(crate) enum Step {
     /// The state changes and nobody is told.
     Silent(&'static str, &'static str, &'static str),
     Progress(u32, &'static str),
+    /// Tor's percent, summary, warning and hint.
+    Tor(u32, &'static str, &'static str, &'static str),
     /// The daemon is gone from the bus.
     Vanish,
 }
@@ -136,6 +138,10 @@ pub(crate) struct Script {
     pub(crate) log_error: bool,
     pub(crate) later_log: Vec<LogRecord>,
     pub(crate) flows: Vec<Flow>,
+    /// The torvm backend runs.
+    pub(crate) torvm: bool,
+    pub(crate) bootstrap: Bootstrap,
+    pub(crate) circuits: Vec<Circuit>,
     pub(crate) calls: Vec<String>,
     pub(crate) received: Vec<String>,
 }
@@ -158,6 +164,7 @@ impl Daemon {
         let connection = zbus::connection::Builder::address(bus.address.as_str())
             .serve_at(names::MANAGER_PATH, fdo::ObjectManager)
             .serve_at(names::MANAGER_PATH, Manager(script.clone()))
+            .serve_at(names::TORVM_PATH, TorVm(script.clone()))
             .name(names::BUS)
             .build();
         let connection =
@@ -171,7 +178,8 @@ impl Daemon {
     }
 
     pub(crate) async fn profile(&self, name: &str, text: &str) {
-        let profile = Profile { name: name.to_owned(), text: text.to_owned() };
+        let backend = if text.contains("torvm") { "torvm" } else { "proxy" };
+        let profile = Profile { name: name.to_owned(), backend, text: text.to_owned() };
         self.connection.object_server().at(names::profile_path(name), profile).await.unwrap();
     }
 
@@ -215,24 +223,28 @@ async fn play(script: Shared, connection: Connection) {
             Step::Progress(percent, summary) => {
                 let progress = Progress { percent, summary: summary.to_owned() };
                 script.lock().unwrap().progress = progress.clone();
-                let changed = HashMap::from([("Progress", Variant::from(progress))]);
-                let body = (names::MANAGER, changed, Vec::<&str>::new());
-                connection
-                    .emit_signal(
-                        None::<&str>,
-                        names::MANAGER_PATH,
-                        "org.freedesktop.DBus.Properties",
-                        "PropertiesChanged",
-                        &body,
-                    )
-                    .await
-                    .unwrap();
+                change(&connection, names::MANAGER_PATH, names::MANAGER, "Progress", progress.into()).await;
+            }
+            Step::Tor(percent, summary, warning, hint) => {
+                let reason = if warning.is_empty() { "" } else { "TIMEOUT" };
+                let [tag, summary, warning, reason, hint] =
+                    ["conn_or", summary, warning, reason, hint].map(str::to_owned);
+                let bootstrap = Bootstrap { percent, tag, summary, warning, reason, hint };
+                script.lock().unwrap().bootstrap = bootstrap.clone();
+                change(&connection, names::TORVM_PATH, names::TORVM, "Bootstrap", bootstrap.into()).await;
             }
             Step::Vanish => {
                 let _ = connection.clone().close().await;
             }
         }
     }
+}
+
+/// `PropertiesChanged` of one property.
+async fn change(connection: &Connection, path: &str, interface: &str, property: &str, value: Variant<'static>) {
+    let body = (interface, HashMap::from([(property, value)]), Vec::<&str>::new());
+    let member = "PropertiesChanged";
+    connection.emit_signal(None::<&str>, path, "org.freedesktop.DBus.Properties", member, &body).await.unwrap();
 }
 
 impl Script {
@@ -248,21 +260,25 @@ struct Manager(Shared);
 
 type Options = HashMap<String, OwnedVariant>;
 
+/// What every call that needs authorisation does first.
+async fn accept(script: &Shared, connection: &Connection, call: String) -> Result<(), Error> {
+    let (hang, die, error) = {
+        let mut script = script.lock().unwrap();
+        script.calls.push(call);
+        (script.hang, script.die, script.error.map(|error| error(script.error_text.clone())))
+    };
+    if die {
+        let _ = connection.clone().close().await;
+    }
+    if hang || die {
+        std::future::pending::<()>().await;
+    }
+    error.map_or(Ok(()), Err)
+}
+
 impl Manager {
-    /// What every call that needs authorisation does first.
     async fn accept(&self, connection: &Connection, call: String) -> Result<(), Error> {
-        let (hang, die, error) = {
-            let mut script = self.0.lock().unwrap();
-            script.calls.push(call);
-            (script.hang, script.die, script.error.map(|error| error(script.error_text.clone())))
-        };
-        if die {
-            let _ = connection.clone().close().await;
-        }
-        if hang || die {
-            std::future::pending::<()>().await;
-        }
-        error.map_or(Ok(()), Err)
+        accept(&self.0, connection, call).await
     }
 
     fn describe(&self, call: &str, name: &str, mut options: Options) -> String {
@@ -311,7 +327,7 @@ impl Manager {
         let script = self.0.lock().unwrap();
         let reason: Variant<'static> = script.reason.clone().into();
         let progress: Variant<'static> = script.progress.clone().into();
-        [
+        let mut values = vec![
             ("Version", Variant::from("9.9.9")),
             ("State", Variant::from(script.state.clone())),
             ("Phase", Variant::from(script.phase.clone())),
@@ -328,10 +344,15 @@ impl Manager {
             ("Resolvers", Variant::from(vec!["192.0.2.53"])),
             ("Health", Variant::from(script.health.clone())),
             ("Statistics", Variant::from(HashMap::from([("bytes-sent", 2048_u64)]))),
-        ]
-        .into_iter()
-        .map(|(key, value)| (key.to_owned(), OwnedVariant::try_from(value).unwrap()))
-        .collect()
+        ];
+        if script.torvm {
+            values.push(("Bootstrap", script.bootstrap.clone().into()));
+            values.push(("Accelerator", Variant::from("tcg")));
+            values.push(("AcceleratorReason", Variant::from("there is no /dev/kvm")));
+            values.push(("Transport", Variant::from("obfs4")));
+        }
+        let owned = values.into_iter();
+        owned.map(|(key, value)| (key.to_owned(), OwnedVariant::try_from(value).unwrap())).collect()
     }
 
     async fn plan(
@@ -420,8 +441,33 @@ impl Manager {
     }
 }
 
+struct TorVm(Shared);
+
+#[zbus::interface(name = "org.proxyvpn1.TorVm")]
+impl TorVm {
+    async fn new_identity(&self, #[zbus(connection)] connection: &Connection) -> Result<(), Error> {
+        accept(&self.0, connection, "NewIdentity".to_owned()).await
+    }
+
+    async fn circuits(&self, #[zbus(connection)] connection: &Connection) -> Result<Vec<Circuit>, Error> {
+        accept(&self.0, connection, "Circuits".to_owned()).await?;
+        Ok(self.0.lock().unwrap().circuits.clone())
+    }
+
+    async fn set_bridges(
+        &self,
+        profile: String,
+        transport: String,
+        lines: Vec<String>,
+        #[zbus(connection)] connection: &Connection,
+    ) -> Result<(), Error> {
+        accept(&self.0, connection, format!("SetBridges '{profile}' {transport} {lines:?}")).await
+    }
+}
+
 struct Profile {
     name: String,
+    backend: &'static str,
     text: String,
 }
 
@@ -433,7 +479,7 @@ impl Profile {
     }
     #[zbus(property)]
     fn backend(&self) -> String {
-        "proxy".to_owned()
+        self.backend.to_owned()
     }
     #[zbus(property)]
     fn upstream(&self) -> String {

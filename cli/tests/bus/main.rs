@@ -5,4 +5,5 @@ mod connect;
 mod fake;
 mod reading;
 mod terminal;
+mod torvm;
 mod unreachable;

@@ -35,6 +35,32 @@ async fn progress_is_one_line_that_is_taken_away() {
 }
 
 #[tokio::test]
+async fn tor_has_a_bar_and_its_warning_a_line_of_its_own() {
+    let bus = TestBus::start();
+    let steps = [
+        Step::State("connecting", "wait-bootstrap", "", ""),
+        Step::Tor(45, "Loading relay descriptors", "", ""),
+        Step::Tor(45, "Loading relay descriptors", "No route", "Is there a network?"),
+        Step::Pause(50),
+        Step::State("connected", "", "", ""),
+    ];
+    let _daemon = Daemon::stepping(&bus, &steps).await;
+    let mut command = tokio::process::Command::new("script");
+    command
+        .args(["-qec", &format!("{} connect office", env!("CARGO_BIN_EXE_proxyctl")), "/dev/null"])
+        .env("DBUS_SYSTEM_BUS_ADDRESS", &bus.address)
+        .env("TERM", "xterm")
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped());
+    let ran = finish(command.spawn().unwrap()).await;
+    assert_eq!(ran.code, 0, "{ran:?}");
+    assert!(ran.out.contains("\rTor [#########-----------] 45%  Loading relay descriptors  0 s\x1b[K"), "{ran:?}");
+    let warning = "\r\x1b[Kproxyctl: warning: Tor is held up: No route (TIMEOUT). Is there a network?\r\n\rTor [###";
+    assert!(ran.out.contains(warning), "{ran:?}");
+}
+
+#[tokio::test]
 async fn a_password_is_asked_for_without_echo() {
     let bus = TestBus::start();
     let daemon =

@@ -110,6 +110,14 @@ tor-log = "info"
 }
 
 #[test]
+fn what_proxyctl_makes_of_the_forerunners_json_is_a_profile() {
+    let text = include_str!("../../../cli/tests/data/torvm.toml");
+    let torvm = profile("tor", "tor.toml", text).unwrap().torvm.unwrap();
+    assert_eq!((torvm.memory_mib, torvm.accel, torvm.tor.bridges().len()), (512, Accel::Tcg, 2));
+    assert_eq!(torvm.proxy.unwrap().username.as_deref(), Some("\"ann\""));
+}
+
+#[test]
 fn without_a_word_for_the_transport_the_lines_say_it() {
     let meek = "meek_lite 192.0.2.20:80 url=https://a.example front=b.example";
     assert_eq!(spec(&format!("bridges = [\"{meek}\"]")).tor.transport(), Transport::Meek);
