@@ -113,6 +113,57 @@ flushed_at_stop() {
   root systemctl stop proxyvpnd.service && changed 203.0.113.4 && root systemctl start proxyvpnd.service
 }
 check "its cache is flushed by systemctl stop" flushed_at_stop
+# ---- the DNS server of a tunnel's device, while nothing is connected
+TAP_ANSWER=198.18.7.7 # of the router behind it
+tap_up() { # a device with a router behind it that answers DNS, and the program that gives it its server as the daemon does
+  local links=${PROXYVPN_BIN_DIR:-$(target_dir)/release}/examples/link-dns
+  if [ -z "${PROXYVPN_BIN_DIR:-}" ]; then cargo_run build --release --locked --quiet -p proxyvpnd --example link-dns || return 1; fi
+  nsenter -t "$leader" -a sh -c 'cat >/run/link-dns; chmod 755 /run/link-dns' <"$links"
+  # an own node: nothing may reach the machine's
+  rm -f "$LAB/tun"; mknod -m 600 "$LAB/tun" c 10 200
+  coproc TAP { exec nsenter -t "$leader" -n python3 "$ROOT/scripts/lab-tap.py" torvm0 "$TAP_ANSWER" "$LAB/tun"; }
+  local line; read -r -t 5 line <&"${TAP[0]}" && [ "$line" = ready ]
+}
+tap_down() { local input=${TAP[1]}; exec {input}>&-; gone() { ! inside ip link show torvm0 >/dev/null 2>&1; }; wait_for 5 gone; }
+tap_asked() { # NAME: somebody asked there for it
+  local line; while read -r -t 0.2 line <&"${TAP[0]}"; do [ "$line" != "$1" ] || return 0; done; return 1
+}
+link_dns() { box as "$BOX" "$1" /run/link-dns "${@:2}" </dev/null; }
+wire_asked() { lab_wire "udp port 53" | grep -q "$1"; } # NAME: on the uplink
+tap_state() { inside sh -c 'for what in dns domain default-route llmnr mdns dnsovertls dnssec; do resolvectl $what torvm0; done' | sed 's/^Link [0-9]* //'; }
+check "a TAP device with a router that answers DNS" tap_up
+tap_state >"$LOGS/tap.before"
+around() { inside timeout 5 getent ahostsv4 before.tor.test; tap_asked before.tor.test && return 1; wire_asked before.tor.test; }
+check "anti-test: without settings names go to the uplink's server" around
+check "polkit refuses the settings to other users" status_of 1 link_dns alice torvm0 10.10.10.1
+allowed_by_rule() { # polkitd notices a changed file by itself, and the rule is what allows it
+  root sh -c 'mv /usr/share/polkit-1/rules.d/org.proxyvpn1.dns.rules /run/dns.rules'
+  refused() { ! link_dns proxyvpn torvm0 10.10.10.1; }
+  wait_for 10 refused || { echo "allowed without the rule"; return 1; }
+  root sh -c 'mv /run/dns.rules /usr/share/polkit-1/rules.d/org.proxyvpn1.dns.rules'
+  wait_for 10 link_dns proxyvpn torvm0 10.10.10.1
+}
+check "the daemon's user may set them, by our rule alone" allowed_by_rule
+through_tap() {
+  inside resolvectl flush-caches; inside timeout 5 getent ahostsv4 "$1.tor.test" | grep "^$TAP_ANSWER " || { tap_state; return 1; }
+  tap_asked "$1.tor.test" || { echo "not asked at the device"; return 1; }
+}
+nowhere_else() { through_tap first && ! wire_asked first.tor.test; }
+inside resolvectl domain eth0 '' # what says that the uplink's server has every name, too, would ask both
+check "a name is asked at the device and nowhere else" nowhere_else
+survives() { inside systemctl restart systemd-resolved; through_tap second && ! wire_asked second.tor.test; }
+check "also after a restart of systemd-resolved" survives
+reverted() {
+  link_dns proxyvpn torvm0 || return 1
+  tap_state | diff "$LOGS/tap.before" - && ! through_tap third && wire_asked third.tor.test
+}
+check "the settings are taken back" reverted
+with_device() {
+  link_dns proxyvpn torvm0 10.10.10.1 && through_tap fourth && tap_down || return 1
+  ! inside resolvectl status | grep -e torvm0 -e 10.10.10.1 && ! inside timeout 5 getent ahostsv4 fifth.tor.test && wire_asked fifth.tor.test
+}
+check "they go with the device" with_device
+
 resolved_down() {
   inside sh -c 'systemctl stop systemd-resolved; rm /etc/resolv.conf; mv /run/resolv.conf.before /etc/resolv.conf'
   dns2_end; lab_exec net ip addr del "$DNS2/32" dev lo
