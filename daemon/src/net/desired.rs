@@ -33,7 +33,7 @@ pub struct Desired {
     pub guarded: Vec<IpAddr>,
     /// What may go around the tunnel.
     pub exceptions: Exceptions,
-    /// UDP to port 53 of any address is steered like TCP, whether there is a tunnel or not. Otherwise it goes to the main table.
+    /// Port 53 of any address is steered, UDP and TCP, local networks too, and whether there is a tunnel or not.
     pub steer_dns: bool,
     /// Block everything else.
     pub killswitch: bool,

@@ -173,10 +173,19 @@ fn rules(observed: &Observed, desired: &Desired) -> Vec<Rule> {
         for user in &exceptions.users {
             rules.push(Rule { users: Some((*user, *user)), ..any(family, 1) });
         }
+        let steered = |protocol, priority| Rule {
+            protocol: Some(protocol),
+            verdict: Verdict::Lookup(TABLE),
+            ..any(family, priority)
+        };
+        if desired.steer_dns {
+            // A local network often has the resolver that would be told every name.
+            rules.extend([UDP, TCP].map(|protocol| Rule { ports: Some((53, 53)), ..steered(protocol, 2) }));
+        }
         for net in exceptions.lan.iter().filter(|net| Family::of(net) == family) {
             // The kernel drops a prefix that matches everything.
             let to = Some(net.trunc()).filter(|net| net.prefix_len() > 0);
-            rules.push(Rule { to, ..any(family, 2) });
+            rules.push(Rule { to, ..any(family, if desired.steer_dns { 3 } else { 2 }) });
         }
         for resolver in exceptions.resolvers.iter().map(IpAddr::to_canonical).map(IpNet::from) {
             if Family::of(&resolver) == family {
@@ -194,11 +203,7 @@ fn rules(observed: &Observed, desired: &Desired) -> Vec<Rule> {
         // Where the main table has no way for the daemon's own connections, the tunnel is none: they would come back to it.
         let marked = Some((MARK, u32::MAX));
         rules.push(Rule { mark: marked, verdict: Verdict::Unreachable, ..any(family, RULE_PRIORITIES - 2) });
-        let steered = Rule { verdict: Verdict::Lookup(TABLE), ..any(family, RULE_PRIORITIES - 1) };
-        rules.push(Rule { protocol: Some(TCP), ..steered.clone() });
-        if desired.steer_dns {
-            rules.push(Rule { protocol: Some(UDP), ports: Some((53, 53)), ..steered });
-        }
+        rules.push(steered(TCP, RULE_PRIORITIES - 1));
     }
     // The kernel would take a rule twice and give it back twice.
     let mut unique: Vec<Rule> = Vec::with_capacity(rules.len());
@@ -423,14 +428,16 @@ route add -6 unreachable default table 7376750 proto 112 metric 4294967295
 route add default via 10.10.10.1 dev tap0 onlink table 7376750 proto 112 metric 1
 rule add priority 3700 fwmark 0x7076706e/0xffffffff lookup main protocol 112
 rule add priority 3700 to 10.10.10.1/32 lookup 7376750 protocol 112
-rule add priority 3702 to 10.0.0.0/8 lookup main protocol 112
+rule add priority 3702 ipproto udp dport 53 lookup 7376750 protocol 112
+rule add priority 3702 ipproto tcp dport 53 lookup 7376750 protocol 112
+rule add priority 3703 to 10.0.0.0/8 lookup main protocol 112
 rule add priority 3730 fwmark 0x7076706e/0xffffffff unreachable protocol 112
 rule add priority 3731 ipproto tcp lookup 7376750 protocol 112
-rule add priority 3731 ipproto udp dport 53 lookup 7376750 protocol 112
 rule add -6 priority 3700 fwmark 0x7076706e/0xffffffff lookup main protocol 112
+rule add -6 priority 3702 ipproto udp dport 53 lookup 7376750 protocol 112
+rule add -6 priority 3702 ipproto tcp dport 53 lookup 7376750 protocol 112
 rule add -6 priority 3730 fwmark 0x7076706e/0xffffffff unreachable protocol 112
 rule add -6 priority 3731 ipproto tcp lookup 7376750 protocol 112
-rule add -6 priority 3731 ipproto udp dport 53 lookup 7376750 protocol 112
 ";
         let (mut observed, mut desired) = (machine(), routed());
         desired.exceptions.lan = vec!["10.0.0.0/8".parse().unwrap()];

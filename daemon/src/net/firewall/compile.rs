@@ -65,6 +65,9 @@ pub fn compile(desired: &Desired, sessions: &[(SocketAddr, SocketAddr)], devices
         ]);
     } else {
         chains.push(filter);
+        let last = never_in(desired).filter(|_| desired.tunnel.iter().any(|tunnel| tunnel.gateway.is_some()));
+        let last = last.into_iter().collect();
+        chains.push(chain("postrouting", Kind::Filter, Hook::Postrouting, PRIORITY_LAST, Policy::Accept, last));
     }
     let policy = if desired.killswitch { Policy::Drop } else { Policy::Accept };
     chains.extend(devices.uplinks.iter().map(|name| {
@@ -291,12 +294,16 @@ fn filter_output(desired: &Desired, devices: &Devices) -> Vec<Rule> {
 
 /// Drops by the final device whatever is not allowed, also what was forwarded.
 fn postrouting(desired: &Desired, devices: &Devices) -> Vec<Rule> {
-    // The daemon's own connections into its own tunnel would come back to it, without an end.
-    let tunnel = desired.tunnel.iter().map(|tunnel| vec![Match::Oif(tunnel.name.clone()), Match::Mark]);
-    let mut rules: Vec<Rule> = tunnel.map(|matches| rule(matches, Action::Drop)).collect();
+    let mut rules: Vec<Rule> = never_in(desired).into_iter().collect();
     rules.extend(leaving(desired, devices, Refuse::Silently));
     rules.push(rule(vec![], Action::Drop));
     rules
+}
+
+/// The daemon's own connections into its own tunnel would come back to it, without an end.
+fn never_in(desired: &Desired) -> Option<Rule> {
+    let tunnel = desired.tunnel.as_ref()?;
+    Some(rule(vec![Match::Oif(tunnel.name.clone()), Match::Mark], Action::Drop))
 }
 
 /// Stops frames that met no chain of the IP layer: of packet sockets, of bridges, of network namespaces that share the
@@ -610,7 +617,10 @@ postrouting oifname "tap0" counter drop
         assert_eq!(about_the_gateway(&routed(), &devices()), want);
         // Without the kill switch what leaves elsewhere is not looked at, but all of this is.
         let off = Desired { killswitch: false, ..routed() };
-        assert_eq!(about_the_gateway(&off, &devices()), format!("{prerouting}{input}{output}{into}"));
+        assert_eq!(
+            about_the_gateway(&off, &devices()),
+            format!("{prerouting}{input}{output}{into}{}\n", last.lines().next().unwrap_or_default())
+        );
         // Under a lock what goes into it says so.
         let locked = about_the_gateway(&Desired { locked: Locked::Yes, ..routed() }, &devices());
         assert!(
