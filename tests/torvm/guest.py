@@ -5,12 +5,18 @@ import json
 import os
 import select
 import socket
+import struct
 import subprocess
+import sys
 import time
+
+sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "..", "torvm", "image"))
+import cpio  # noqa: E402
 
 CHANNEL = "org.proxyvpn.channel"
 FW_CFG = "opt/org.proxyvpn/config"
 CMDLINE = "console=ttyS0 quiet loglevel=3 panic=1 random.trust_cpu=off ipv6.disable=1 rootfstype=ramfs"
+GUEST, HOST, UPLINK_GUEST, UPLINK_GATEWAY = "10.10.10.1", "10.10.10.2", "10.10.11.2", "10.10.11.1"
 GUEST_MAC, HOST_MAC = "52:54:00:10:10:01", "52:54:00:10:10:02"
 UPLINK_GUEST_MAC, UPLINK_GATEWAY_MAC = "52:54:00:10:11:02", "52:54:00:10:11:01"
 # The hash of "secret".
@@ -22,9 +28,9 @@ class Failed(Exception):
 
 
 class Machine:
-    """One run of QEMU. `folder`: for the serial log; `state`: the disk's file."""
+    """One run of QEMU. `folder`: for the serial log; `state`: the disk's file; `deaf`: the channel holds little that is not read."""
 
-    def __init__(self, image, folder, state, config=json.dumps(CONFIG).encode(), memory=256, initramfs=None):
+    def __init__(self, image, folder, state, config=json.dumps(CONFIG).encode(), memory=256, initramfs=None, deaf=False):
         self.serial = os.path.join(folder, "serial.log")
         open(self.serial, "w").close()
         config_path = os.path.join(folder, "config")
@@ -34,6 +40,8 @@ class Machine:
         self.uplink, uplink = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.channel, channel = socket.socketpair()
         self.qmp, qmp = socket.socketpair()
+        if deaf:
+            channel.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)
         ends = [host, uplink, channel, qmp]
         def link(name, end, mac, mtu):
             return ["-netdev", f"dgram,id={name},local.type=fd,local.str={end.fileno()}",
@@ -99,7 +107,7 @@ class Machine:
                     return at, said
             left = end - time.monotonic()
             if left <= 0 or not self.read(left):
-                raise Failed(f"no {status} within {within} s; said: {[said for _, said in self.said][-12:]}; console: {self.text()[-1500:]}")
+                raise Failed(f"no {status} within {within} s or until QEMU's end; said: {[said for _, said in self.said][-12:]}; console: {self.text()[-1500:]}")
 
     def order(self, **order):
         self.channel.sendall(json.dumps(order).encode() + b"\n")
@@ -109,6 +117,19 @@ class Machine:
         for execute in ("qmp_capabilities", name):
             self.qmp.sendall(json.dumps({"execute": execute}).encode())
             time.sleep(0.02)
+
+    def power_down(self):
+        """By the power button. Gives the seconds to QEMU's end."""
+        begin = time.monotonic()
+        self.command("system_powerdown")
+        self.ended(5)
+        return time.monotonic() - begin
+
+    def cpu(self):
+        """Seconds of processor that QEMU has used: what its clock would say on a machine with nothing else to do."""
+        with open(f"/proc/{self.process.pid}/stat") as file:
+            user, system = file.read().rsplit(") ", 1)[1].split()[11:13]
+        return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
 
     def ended(self, within):
         """Waits for QEMU's end and gives how long it took."""
@@ -127,3 +148,108 @@ def blank(path, mib=64):
     with open(path, "wb") as file:
         file.truncate(mib * 1024 * 1024)
     return path
+
+
+# ---- the image, changed
+
+def changed(image, path, members, name="initramfs"):
+    """The image's initramfs with `members` (name, mode, data) over its own."""
+    with open(os.path.join(image, name), "rb") as file:
+        whole = file.read()
+    packed = subprocess.run(["zstd", "-q", "-c"], input=cpio.archive(members), stdout=subprocess.PIPE, check=True).stdout
+    with open(path, "wb") as file:
+        file.write(whole + packed)
+    return path
+
+
+# ---- frames
+
+TCP, UDP, ICMP = 6, 17, 1
+SYN, ACK, RST = 2, 16, 4
+
+
+def mac(text):
+    return bytes.fromhex(text.replace(":", ""))
+
+
+def checksum(data):
+    data += bytes(len(data) % 2)
+    total = sum(struct.unpack(f">{len(data) // 2}H", data))
+    while total >> 16:
+        total = (total & 0xFFFF) + (total >> 16)
+    return ~total & 0xFFFF
+
+
+def frame(protocol, payload, source, destination, from_mac=HOST_MAC, to_mac=GUEST_MAC):
+    """IPv4 in Ethernet."""
+    head = struct.pack(">BBHHHBBH4s4s", 0x45, 0, 20 + len(payload), 1, 0, 64, protocol, 0, socket.inet_aton(source), socket.inet_aton(destination))
+    head = head[:10] + struct.pack(">H", checksum(head)) + head[12:]
+    return mac(to_mac) + mac(from_mac) + b"\x08\x00" + head + payload
+
+
+def transport(protocol, payload, at, source, destination):
+    """Fills in the checksum at this place."""
+    pseudo = socket.inet_aton(source) + socket.inet_aton(destination) + struct.pack(">BBH", 0, protocol, len(payload))
+    return payload[:at] + struct.pack(">H", checksum(pseudo + payload)) + payload[at + 2 :]
+
+
+def syn(source, destination, port, from_port=40000, **macs):
+    segment = struct.pack(">HHIIBBHHH", from_port, port, 1, 0, 0x50, SYN, 64000, 0, 0)
+    return frame(TCP, transport(TCP, segment, 16, source, destination), source, destination, **macs)
+
+
+def datagram(source, destination, port, data=b"x", from_port=40000, **macs):
+    payload = struct.pack(">HHHH", from_port, port, 8 + len(data), 0) + data
+    return frame(UDP, transport(UDP, payload, 6, source, destination), source, destination, **macs)
+
+
+class Packet:
+    """What the guest sent."""
+
+    def __init__(self, raw):
+        self.raw = raw
+        self.to_mac, self.from_mac, self.kind = raw[:6].hex(":"), raw[6:12].hex(":"), int.from_bytes(raw[12:14], "big")
+        self.protocol = self.source = self.destination = None
+        if self.kind == 0x0800:
+            self.protocol = raw[23]
+            self.source, self.destination = socket.inet_ntoa(raw[26:30]), socket.inet_ntoa(raw[30:34])
+            self.payload = raw[14 + (raw[14] & 15) * 4 :]
+            if self.protocol in (TCP, UDP):
+                self.from_port, self.port = struct.unpack(">HH", self.payload[:4])
+            if self.protocol == TCP:
+                self.flags = self.payload[13] & (SYN | ACK | RST)
+            if self.protocol == ICMP:
+                self.type, self.code = self.payload[:2]
+
+    def __repr__(self):
+        detail = {TCP: lambda: f"tcp {self.from_port}>{self.port} flags {self.flags}", UDP: lambda: f"udp {self.from_port}>{self.port}",
+                  ICMP: lambda: f"icmp {self.type}/{self.code}"}.get(self.protocol, lambda: f"kind {self.kind:#06x}")()
+        return f"<{self.source} > {self.destination} {detail}>"
+
+
+def stream(end, seconds):
+    """What comes out of a link within this time."""
+    until = time.monotonic() + seconds
+    while (left := until - time.monotonic()) > 0:
+        if select.select([end], [], [], left)[0]:
+            raw = end.recv(1 << 17)
+            if not raw:
+                return
+            yield Packet(raw)
+
+
+def packets(end, seconds):
+    """All of it."""
+    return list(stream(end, seconds))
+
+
+def answer(end, question, seconds=2.0):
+    """The first packet that comes after this one was sent; None when there is none. What the guest sends again to another port, since it got
+    no answer to it, does not count."""
+    packets(end, 0.01)
+    end.send(question)
+    asked = Packet(question)
+    for packet in stream(end, seconds):
+        if packet.protocol == ICMP or asked.protocol not in (TCP, UDP) or packet.port == asked.from_port:
+            return packet
+    return None

@@ -99,18 +99,17 @@ assemble() {
   install -D -m 644 "$(find_in "$tree" geoip usr/share/tor)" "$work/image/usr/share/torvm/geoip"
   # Names are looked up in /etc/hosts alone.
   install -D -m 644 /dev/stdin "$work/image/etc/nsswitch.conf" <<<'hosts: files'
-  mkdir -p "$out"
-  install -m 644 "$kernel" "$out/vmlinuz"
-  pack "$work/image" >"$out/initramfs"
-  rm -f "$out/initramfs-transports"
+  mkdir -p "$work/out" "$out"
+  install -m 644 "$kernel" "$work/out/vmlinuz"
+  pack "$work/image" >"$work/out/initramfs"
   if [ -n "$transports" ]; then
     # The kernel unpacks one archive after the other.
     install -D -m 755 "$(find_in "$tree" obfs4proxy usr/bin)" "$work/transports/usr/bin/obfs4proxy"
-    { cat "$out/initramfs"; pack "$work/transports"; } >"$out/initramfs-transports"
+    { cat "$work/out/initramfs"; pack "$work/transports"; } >"$work/out/initramfs-transports"
   fi
   printf 'torvm-init\t%s, %s\t%s\n' "$(sed -n 's/^version = "\(.*\)"/\1/p' "$ROOT/Cargo.toml" | head -n1)" \
     "$(as_builder rustc --version | cut -d' ' -f1,2)" "$(sha256sum <"$init" | cut -d' ' -f1)" | cat "$packages" - >"$work/packages"
-  python3 - "$out" "$work/packages" <<'PYTHON'
+  python3 - "$work/out" "$work/packages" <<'PYTHON'
 import hashlib, json, os, sys
 out, packages = sys.argv[1:]
 def part(name):
@@ -127,5 +126,7 @@ with open(os.path.join(out, "manifest.json"), "w") as file:
     json.dump(manifest, file, indent=1)
     file.write("\n")
 PYTHON
-  chmod 644 "$out"/*
+  # What is there stays whole until all is made; without a manifest nobody takes it.
+  rm -f "$out/manifest.json" "$out/initramfs-transports"
+  for name in "$work/out"/[!m]* "$work/out/manifest.json"; do install -m 644 "$name" "$out"; done
 }

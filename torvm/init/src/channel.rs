@@ -131,7 +131,7 @@ struct Outbox {
     lines: VecDeque<Vec<u8>>,
     /// Bytes of the first line that are written.
     written: usize,
-    /// Log lines dropped since the last one that was kept.
+    /// Log lines dropped, of which the host does not know yet.
     dropped: u64,
 }
 
@@ -144,12 +144,12 @@ impl Outbox {
                 self.dropped += 1;
                 return;
             }
-            Status::Log { .. } if self.dropped > 0 => {
-                let text = format!("{} lines of the log were lost, since the host did not read", self.dropped);
-                self.dropped = 0;
-                self.push_line(&Status::log("warn", &text));
-            }
             _ => {}
+        }
+        if self.dropped > 0 && self.lines.len() < WAITING {
+            let text = format!("{} lines of the log were lost, since the host did not read", self.dropped);
+            self.dropped = 0;
+            self.push_line(&Status::log("warn", &text));
         }
         self.push_line(status);
     }
@@ -209,8 +209,8 @@ mod tests {
         assert_eq!(out.lines.len(), WAITING);
         out.push(&Status::off("told in spite of it"));
         assert_eq!(drain(&mut out, 1000).last(), Some(&Status::off("told in spite of it")));
-        out.push(&Status::log("notice", "next"));
+        out.push(&Status::Alive);
         let lost = format!("{} lines of the log were lost, since the host did not read", 1000 - WAITING);
-        assert_eq!(drain(&mut out, 1000), [Status::log("warn", &lost), Status::log("notice", "next")]);
+        assert_eq!(drain(&mut out, 1000), [Status::log("warn", &lost), Status::Alive]);
     }
 }

@@ -120,7 +120,7 @@ impl Tor {
                 self.lines.take(&buffer[..count], |line| {
                     let line = String::from_utf8_lossy(line);
                     if let Some((level, text)) = parse(&line) {
-                        if matches!(level, "warn" | "err") {
+                        if matches!(level, "warn" | "err") && !text.contains("see warnings above") {
                             *complaint = Some(text.to_owned());
                         }
                         each(Status::log(level, text));
