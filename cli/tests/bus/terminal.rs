@@ -39,9 +39,10 @@ async fn tor_has_a_bar_and_its_warning_a_line_of_its_own() {
     let bus = TestBus::start();
     let steps = [
         Step::State("connecting", "wait-bootstrap", "", ""),
+        Step::Pause(200),
         Step::Tor(45, "Loading relay descriptors", "", ""),
         Step::Tor(45, "Loading relay descriptors", "No route", "Is there a network?"),
-        Step::Pause(50),
+        Step::Pause(200),
         Step::State("connected", "", "", ""),
     ];
     let _daemon = Daemon::stepping(&bus, &steps).await;

@@ -17,11 +17,13 @@ async fn connect_shows_tors_own_words_and_each_warning_once() {
         Step::Progress(6, "Starting the virtual machine"),
         Step::State("connecting", "wait-bootstrap", "", ""),
         Step::Progress(14, "Waiting for Tor"),
+        // Signals of two objects may overtake each other.
+        Step::Pause(200),
         Step::Tor(10, "Connecting to a relay", "", ""),
         Step::Tor(10, "Connecting to a relay", "Clock skew\u{1b}[2J", "Set the clock."),
         Step::Tor(10, "Connecting to a relay", "Clock skew\u{1b}[2J", "Set the clock."),
         Step::Tor(100, "Done", "", ""),
-        Step::Pause(20),
+        Step::Pause(200),
         Step::State("connected", "", "", ""),
     ];
     let _daemon = Daemon::stepping(&bus, &steps).await;
