@@ -3,9 +3,9 @@
 use std::collections::HashMap;
 
 use futures_util::StreamExt as _;
-use proxyvpn_dbus::client::{ManagerProxy, ProfileProxy};
-use proxyvpn_dbus::names::{MANAGER, MANAGER_PATH, profile_path};
-use proxyvpn_dbus::types::{LogRecord, State};
+use proxyvpn_dbus::client::{ManagerProxy, ProfileProxy, TorVmProxy};
+use proxyvpn_dbus::names::{MANAGER, MANAGER_PATH, TORVM, TORVM_PATH, profile_path};
+use proxyvpn_dbus::types::{Bootstrap, LogRecord, State};
 use proxyvpnd::machine::View;
 use zbus::fdo::{ManagedObjects, ObjectManagerProxy, PropertiesProxy};
 use zbus::{OwnedObjectPath, Variant};
@@ -67,6 +67,60 @@ fn profiles_come_and_go_as_objects() {
             .await
             .is_err()
         );
+    });
+}
+
+#[test]
+#[ignore = "needs root, dbus-daemon and polkitd"]
+fn what_tor_has_is_shown_and_bridges_are_set() {
+    run("callers::what_tor_has_is_shown_and_bridges_are_set", || async {
+        let world = World::new().await;
+        let alice = client("alice").await;
+        let tor = TorVmProxy::builder(&alice).cache_properties(zbus::proxy::CacheProperties::No).build().await.unwrap();
+        assert_eq!(tor.bootstrap().await.unwrap(), Bootstrap::default());
+        let properties =
+            PropertiesProxy::builder(&alice).destination("org.proxyvpn1").path(TORVM_PATH).build().await.unwrap();
+        let mut changed = properties.receive_properties_changed().await.unwrap();
+        let bootstrap =
+            Bootstrap { percent: 45, summary: "Loading relay descriptors".to_owned(), ..Bootstrap::default() };
+        let view = View { backend: "torvm", bootstrap: bootstrap.clone(), transport: "obfs4", ..View::default() };
+        world.view.send_replace(view);
+        let signal = changed.next().await.unwrap();
+        let args = signal.args().unwrap();
+        assert_eq!(args.interface_name.as_str(), TORVM);
+        let mut names: Vec<_> = args.changed_properties.keys().copied().collect();
+        names.sort_unstable();
+        assert_eq!(names, ["Bootstrap", "Transport"]);
+        assert_eq!(tor.bootstrap().await.unwrap(), bootstrap);
+        let status = ManagerProxy::new(&alice).await.unwrap().status().await.unwrap();
+        for name in ["Bootstrap", "Accelerator", "AcceleratorReason", "Transport"] {
+            assert!(status.contains_key(name), "{name}");
+        }
+        tor.new_identity().await.unwrap();
+        assert!(tor.circuits().await.unwrap().is_empty());
+        assert_eq!(world.take_notes(), ["new identity", "circuits"]);
+
+        let set = async |name: &str, transport: &str, lines: &[&str]| {
+            call(&alice, TORVM_PATH, TORVM, "SetBridges", &(name, transport, lines)).await.map(drop)
+        };
+        let text = "# kept\nbackend = \"torvm\"\n";
+        manager(&alice, "ImportProfile", &(pipe(text), options([("name", "tor".into())]))).await.unwrap();
+        let line = "obfs4 192.0.2.1:443 cert=a";
+        set("tor", "obfs4", &[line]).await.unwrap();
+        let profile = ProfileProxy::builder(&alice).path(profile_path("tor")).build().await.unwrap();
+        let now = profile.text().await.unwrap();
+        assert!(now.starts_with(text) && now.contains(line), "{now}");
+        for (name, transport, lines, error) in [
+            ("tor", "obfs4", vec!["obfs4 192.0.2.1:443 cert=a\n%include /etc/passwd"], "InvalidOption"),
+            ("tor", "snowflake", vec![], "InvalidOption"),
+            ("tor", "none", vec!["192.0.2.1:443"; 17], "LimitExceeded"),
+            ("work", "none", vec!["192.0.2.1:443"], "InvalidProfile"),
+            ("missing", "none", vec![], "NoSuchProfile"),
+        ] {
+            let said = set(name, transport, &lines).await.unwrap_err();
+            assert!(said.starts_with(&format!("org.proxyvpn1.Error.{error}: ")), "{said}");
+        }
+        assert_eq!(profile.text().await.unwrap(), now, "what is refused changes nothing");
     });
 }
 

@@ -1,6 +1,6 @@
 //! Who may do what: every method and property, for every kind of caller.
 
-use proxyvpn_dbus::names::{MANAGER_PATH, PROFILE_PATH, action};
+use proxyvpn_dbus::names::{MANAGER_PATH, PROFILE_PATH, TORVM_PATH, action};
 use proxyvpnd::authority::{Need, method_need, property_action};
 use zbus::Connection;
 use zbus::fdo::IntrospectableProxy;
@@ -16,7 +16,7 @@ fn allowed(user: &str, action: &str) -> bool {
     match user {
         "root" | "alice" => true,
         "bob" => action == action::STATUS,
-        "carol" => [action::STATUS, action::CONNECT, action::DISCONNECT].contains(&action),
+        "carol" => [action::STATUS, action::CONNECT, action::DISCONNECT, action::NEW_IDENTITY].contains(&action),
         "dave" => [action::STATUS, action::CONNECT_ADHOC].contains(&action),
         "mallory" => false,
         other => panic!("{other}"),
@@ -57,7 +57,10 @@ async fn attempts(
             (vec![action::CONNECT_ADHOC, action::ALLOW_LAN], attempt!(&("", with_lan()))),
         ],
         "Disconnect" => vec![(needed, attempt!(&(&none,)))],
-        "Reconnect" | "Status" | "ListFlows" | "GetManagedObjects" => vec![(needed, attempt!(&()))],
+        "Reconnect" | "Status" | "ListFlows" | "GetManagedObjects" | "NewIdentity" | "Circuits" => {
+            vec![(needed, attempt!(&()))]
+        }
+        "SetBridges" => vec![(needed, attempt!(&("missing", "none", Vec::<&str>::new())))],
         "GetLog" => vec![(needed, attempt!(&(0_u32,)))],
         "ImportProfile" => vec![(needed, attempt!(&(pipe("x = 1"), options([("name", "new".into())]))))],
         "SetLockdown" => vec![(needed.clone(), attempt!(&(true,))), (needed, attempt!(&(false,)))],
@@ -75,7 +78,7 @@ fn every_method_and_property_asks_polkit_for_every_caller() {
         let mut checked = 0;
         for user in CALLERS {
             let client = client(user).await;
-            for path in [MANAGER_PATH, profile.as_str()] {
+            for path in [MANAGER_PATH, TORVM_PATH, profile.as_str()] {
                 let introspectable = IntrospectableProxy::builder(&client)
                     .destination("org.proxyvpn1")
                     .path(path)
