@@ -17,7 +17,8 @@ use tracing::level_filters::LevelFilter;
 use tracing_subscriber::layer::{Layer as _, SubscriberExt as _};
 use tracing_subscriber::util::SubscriberInitExt as _;
 
-use crate::backend::{self, carrier::Carrier};
+use crate::backend::carrier::{Carrier, Left, Paths};
+use crate::backend;
 use crate::config::daemon::{self, DaemonConfig};
 use crate::config::store::ProfileStore;
 use crate::config::watch::Watch;
@@ -53,6 +54,12 @@ pub struct Args {
     /// Pid file and record of what is wanted
     #[arg(long, value_name = "DIR", default_value = "/run/proxyvpn")]
     runtime_dir: PathBuf,
+    /// Kernel and initramfs of the torvm backend
+    #[arg(long, value_name = "DIR", default_value = "/usr/lib/proxyvpn/torvm")]
+    torvm_image: PathBuf,
+    /// Where proxyvpn-qemu(8) listens
+    #[arg(long, value_name = "SOCKET", default_value = proxyvpn_torvm::launch::SOCKET)]
+    qemu_socket: PathBuf,
     /// error, warn, info, debug or trace; overrides the settings file
     #[arg(long, value_name = "LEVEL")]
     log_level: Option<LevelFilter>,
@@ -263,7 +270,14 @@ async fn serve(args: &Args) -> Result<(), Fatal> {
         .await
         .map_err(|error| Fatal(chain(&error)))?;
     let bus = service.connection().clone();
-    let world = Carrier::new(args.state_dir.clone(), settings.queues, settings.limits(), bus, keeping().await);
+    let paths = Paths {
+        state: args.state_dir.clone(),
+        runtime: args.runtime_dir.clone(),
+        image: args.torvm_image.clone(),
+        launcher: args.qemu_socket.clone(),
+    };
+    let (keeping, vm) = keeping().await;
+    let world = Carrier::new(paths, settings.queues, settings.limits(), bus, keeping, vm);
 
     let (stop, shutdown) = watch::channel(false);
     let mut left = shutdown.clone();
@@ -289,14 +303,15 @@ async fn serve(args: &Args) -> Result<(), Fatal> {
 }
 
 /// What an earlier daemon left, and where this one leaves what is to outlive it.
-async fn keeping() -> Keeping {
+async fn keeping() -> (Keeping, Option<Left>) {
     let mut inherited = Inherited::take();
     let store = match FdStore::from_env() {
         Some(store) if systemd::keeps_descriptors().await => Some(Arc::new(store) as Arc<dyn Keep>),
         _ => None,
     };
     let (firewall, tunnel) = (inherited.named(Keeping::FIREWALL), inherited.all(Keeping::TUNNEL));
-    Keeping { store, firewall, tunnel }
+    let vm = Left::take(&mut inherited);
+    (Keeping { store, firewall, tunnel }, vm)
 }
 
 /// Keeps the profiles on the bus those of the files, for ever.

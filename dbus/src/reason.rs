@@ -58,6 +58,14 @@ reason_codes! {
     DeviceLost = "device-lost",
     /// The packet engine stopped.
     EngineFailed = "engine-failed",
+    /// The virtual machine's image is missing, or is not the one that was built.
+    ImageInvalid = "image-invalid",
+    /// The virtual machine did not start, or ended.
+    VmFailed = "vm-failed",
+    /// The virtual machine runs and does not react.
+    VmHung = "vm-hung",
+    /// Tor gets no further on its way into its network.
+    TorStalled = "tor-stalled",
     /// The record of what was wanted when the last daemon ended cannot be read.
     IntentUnreadable = "intent-unreadable",
     /// Somebody asked for it.

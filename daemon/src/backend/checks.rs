@@ -50,13 +50,9 @@ impl Report {
 /// Runs all checks; those of an upstream only with a request. Changes nothing; asks the resolvers and the upstream.
 pub(super) async fn run(state_dir: &Path, request: Option<&Request>) -> Vec<Check> {
     let mut report = Report::default();
-    let (desired, found) = match request.map(|request| network::desired(&request.profile)).transpose() {
-        Ok(Some(found)) => found,
-        Ok(None) => (network::closed(), resolvers::find(&[], &resolvers::Paths::default())),
-        Err(failure) => {
-            report.failed("profile", failure.text, "connect another profile");
-            return report.0;
-        }
+    let (desired, found) = match request.map(|request| network::desired(&request.profile)) {
+        Some(found) => found,
+        None => (network::closed(), resolvers::find(&[], &resolvers::Paths::default())),
     };
     let own = machine(&mut report, state_dir, &desired).await;
     let known = resolver(&mut report, &found).await;

@@ -3,10 +3,10 @@
 use std::collections::HashMap;
 use std::path::PathBuf;
 
-use proxyvpn_dbus::ReasonCode;
 use proxyvpn_dbus::types::{Check, Circuit, Flow, PlanStep};
 
 use super::engine::EngineSlot;
+use super::guest::TorSlot;
 use super::{checks, network};
 use crate::machine::world::Inspector;
 use crate::machine::{Failure, Request};
@@ -17,17 +17,18 @@ use crate::net::{Keeping, Network};
 pub struct CarrierInspector {
     state_dir: PathBuf,
     engine: EngineSlot,
+    tor: TorSlot,
 }
 
 impl CarrierInspector {
-    pub(super) fn new(state_dir: PathBuf, engine: EngineSlot) -> Self {
-        Self { state_dir, engine }
+    pub(super) fn new(state_dir: PathBuf, engine: EngineSlot, tor: TorSlot) -> Self {
+        Self { state_dir, engine, tor }
     }
 }
 
 impl Inspector for CarrierInspector {
     async fn plan(&self, request: &Request) -> Result<Vec<PlanStep>, Failure> {
-        let (desired, _) = network::desired(&request.profile)?;
+        let (desired, _) = network::desired(&request.profile);
         let network =
             Network::open(&self.state_dir, Keeping::default()).await.map_err(|error| network::failure(&error))?;
         let steps = network.plan(&desired).await.map_err(|error| network::failure(&error))?;
@@ -54,14 +55,10 @@ impl Inspector for CarrierInspector {
     }
 
     async fn new_identity(&self) -> Result<(), Failure> {
-        Err(without_tor())
+        self.tor.new_identity().await
     }
 
     async fn circuits(&self) -> Result<Vec<Circuit>, Failure> {
-        Err(without_tor())
+        self.tor.circuits().await
     }
-}
-
-fn without_tor() -> Failure {
-    Failure::new(ReasonCode::NotSupported, "Tor does not run: connect a profile with backend = \"torvm\" first")
 }

@@ -3,6 +3,8 @@
 //! - [`carrier`]: what carries a profile's traffic: device, packet engine, virtual machine
 //! - [`inspect`]: plan, diagnosis, flows and counters, beside the states
 //! - `engine`: the engine while it runs, shared by the two
+//! - `guest`: the virtual machine with Tor in it, while it runs
+//! - `told`: what the guest is told
 //! - `upstream`: from a profile to a connector: look-up, password, the loop that a local proxy would make
 //! - `lookout`: what happens around while a connection is wanted
 //! - `question`: asking the upstream beside everything else
@@ -17,6 +19,7 @@ mod caches;
 pub mod carrier;
 mod checks;
 mod engine;
+mod guest;
 pub mod inspect;
 mod lock;
 mod lookout;
@@ -24,6 +27,7 @@ mod network;
 mod question;
 pub mod resolved;
 mod shortage;
+mod told;
 mod upstream;
 
 pub use caches::flush_alone as flush_caches;

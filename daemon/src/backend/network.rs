@@ -2,39 +2,33 @@
 
 use std::net::IpAddr;
 
+use ipnet::Ipv4Net;
 use proxyvpn_dbus::ReasonCode;
+use proxyvpn_torvm::link;
 
 use crate::config::profile::{Backend, ForwardSpec, Profile, TunSpec};
 use crate::machine::Failure;
-use crate::net::desired::{Desired, Exceptions, Forward, Locked, Tunnel};
+use crate::net::desired::{Control, Desired, Exceptions, Forward, Gateway, Locked, Tunnel};
 use crate::net::{self, Cut, firewall};
 use crate::resolvers::{self, Resolvers};
 
 /// The network that `profile` wants, and where its resolvers come from.
-pub(super) fn desired(profile: &Profile) -> Result<(Desired, Resolvers), Failure> {
-    if profile.backend == Backend::TorVm {
-        return Err(Failure::new(
-            ReasonCode::NotSupported,
-            "The torvm backend is not in this version. Set backend = \"proxy\" in the profile",
-        ));
-    }
-    Ok(wanted(profile))
-}
-
-fn wanted(profile: &Profile) -> (Desired, Resolvers) {
+pub(super) fn desired(profile: &Profile) -> (Desired, Resolvers) {
     let resolvers = resolvers::find(&profile.dns.servers, &resolvers::Paths::default());
-    let guarded = guarded(&profile.tun);
+    let tunnel = tunnel(profile);
+    let tor = profile.backend == Backend::TorVm;
     let exceptions = Exceptions {
         lan: profile.protect.lan.clone(),
-        resolvers: resolvers.addresses.clone(),
+        // Every name is Tor's to look up.
+        resolvers: if tor { vec![] } else { resolvers.addresses.clone() },
         users: profile.bypass_users.clone(),
         services: vec![],
     };
     let desired = Desired {
-        tunnel: Some(tunnel(&profile.tun)),
-        guarded,
+        guarded: tunnel.addresses().collect(),
+        tunnel: Some(tunnel),
         exceptions,
-        steer_dns: false,
+        steer_dns: tor,
         killswitch: profile.protect.killswitch,
         inbound_replies: profile.protect.inbound_replies,
         locked: Locked::No,
@@ -47,19 +41,35 @@ fn wanted(profile: &Profile) -> (Desired, Resolvers) {
     (desired, resolvers)
 }
 
-/// Addresses of the device, which may still be there, or come while this is in force.
-fn guarded(tun: &TunSpec) -> Vec<IpAddr> {
-    vec![IpAddr::V4(tun.cidr.addr()), IpAddr::V6(tun.cidr6.addr())]
+/// The device that `profile` describes.
+pub(super) fn tunnel(profile: &Profile) -> Tunnel {
+    match profile.backend {
+        Backend::Proxy => tun(&profile.tun),
+        Backend::TorVm => tap(profile.tun.name.clone()),
+    }
 }
 
-/// The device that `tun` describes.
-pub(super) fn tunnel(tun: &TunSpec) -> Tunnel {
+/// The device into the engine.
+pub(super) fn tun(tun: &TunSpec) -> Tunnel {
     Tunnel { name: tun.name.clone(), v4: tun.cidr, v6: Some(tun.cidr6), mtu: tun.mtu, gateway: None }
+}
+
+/// The device into the virtual machine, whose addresses are what its image knows.
+fn tap(name: String) -> Tunnel {
+    let control = Control { port: link::CONTROL_PORT, user: rustix::process::geteuid().as_raw() };
+    let (mac, own_mac) = (link::GUEST_MAC, link::HOST_MAC);
+    Tunnel {
+        name,
+        v4: Ipv4Net::new_assert(link::HOST, link::PREFIX),
+        v6: None,
+        mtu: link::HOST_MTU,
+        gateway: Some(Gateway { address: link::GUEST, mac, own_mac, control }),
+    }
 }
 
 /// The network of `profile` without a way for the traffic. Also for what cannot be connected: it may be wanted all the same.
 pub(super) fn blocked(profile: &Profile) -> (Desired, Option<Resolvers>) {
-    let (desired, resolvers) = wanted(profile);
+    let (desired, resolvers) = desired(profile);
     (Desired { tunnel: None, ..desired }, Some(resolvers))
 }
 
@@ -67,7 +77,7 @@ pub(super) fn blocked(profile: &Profile) -> (Desired, Option<Resolvers>) {
 pub(super) fn closed() -> Desired {
     Desired {
         tunnel: None,
-        guarded: guarded(&TunSpec::default()),
+        guarded: tun(&TunSpec::default()).addresses().collect(),
         exceptions: Exceptions::default(),
         steer_dns: false,
         killswitch: true,
@@ -143,7 +153,6 @@ mod tests {
     fn what_cannot_be_connected_can_be_blocked() {
         let text = "backend = \"torvm\"\nautoconnect = true\n[protect]\nlan = [\"192.168.1.0/24\"]";
         let profile = crate::config::parse::profile("tor", "tor.toml", text).unwrap();
-        assert_eq!(desired(&profile).unwrap_err().code, ReasonCode::NotSupported);
         let (blocked, _) = blocked(&profile);
         assert!(blocked.tunnel.is_none() && blocked.killswitch);
         assert_eq!(blocked.exceptions.lan, profile.protect.lan);

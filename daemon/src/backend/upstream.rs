@@ -7,7 +7,7 @@ use proxyvpn_dbus::ReasonCode;
 use proxyvpn_engine::secret::Secret;
 use proxyvpn_engine::upstream::{ConnectError, Connector, Credentials, Exhausted, HttpProxy, Upstream};
 
-use crate::config::profile::{Profile, Scheme, UpstreamSpec};
+use crate::config::profile::{PasswordSource, Profile, Scheme, UpstreamSpec};
 use crate::config::secret;
 use crate::lookup;
 use crate::machine::{Failure, Request};
@@ -15,7 +15,7 @@ use crate::net::desired::MARK;
 use crate::net::sockets;
 
 /// Bound on a look-up of the upstream's name.
-const LOOKUP_TIMEOUT: Duration = Duration::from_secs(10);
+pub(super) const LOOKUP_TIMEOUT: Duration = Duration::from_secs(10);
 /// Bound on TCP connect and handshake with the upstream.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(30);
 /// Bound on the question whether the upstream is there.
@@ -64,18 +64,21 @@ async fn credentials(request: &Request) -> Result<Option<Credentials>, Failure> 
     let Some(username) = spec.username.clone() else { return Ok(None) };
     let password = match (&request.password, &spec.password) {
         (Some(password), _) => password.clone(),
-        (None, Some(source)) => {
-            let source = source.clone();
-            tokio::task::spawn_blocking(move || secret::read(&source))
-                .await
-                .map_err(|error| Failure::from_error(ReasonCode::CredentialUnavailable, &error))?
-                .map_err(|error| Failure::from_error(ReasonCode::CredentialUnavailable, &error))?
-        }
+        (None, Some(source)) => stored(source).await?,
         (None, None) => Secret::new(String::new()),
     };
     let credentials = Credentials::new(username, password)
         .map_err(|error| Failure::from_error(ReasonCode::CredentialUnavailable, &error))?;
     Ok(Some(credentials))
+}
+
+/// A password from where the profile says.
+pub(super) async fn stored(source: &PasswordSource) -> Result<Secret, Failure> {
+    let source = source.clone();
+    tokio::task::spawn_blocking(move || secret::read(&source))
+        .await
+        .map_err(|error| Failure::from_error(ReasonCode::CredentialUnavailable, &error))?
+        .map_err(|error| Failure::from_error(ReasonCode::CredentialUnavailable, &error))
 }
 
 /// A proxy on this very machine sends its own traffic into the tunnel, and so back to itself, unless its user is exempt.

@@ -325,9 +325,10 @@ impl<W: World, I: Inspector> Context<W, I> {
     pub(super) async fn look(&mut self) {
         let found = self.world.health().await;
         self.health(found);
-        let facts = self.world.facts();
+        let (facts, bootstrap) = (self.world.facts(), self.world.bootstrap().borrow().clone());
         self.view.0.send_if_modified(|view| {
-            let changed = view.resolvers != facts.resolvers || view.firewall != facts.firewall;
+            let changed = view.resolvers != facts.resolvers || view.firewall != facts.firewall || view.bootstrap != bootstrap;
+            view.bootstrap = bootstrap;
             view.resolvers = facts.resolvers;
             view.firewall = facts.firewall;
             changed

@@ -68,6 +68,7 @@ struct Script {
     lock_health: Mutex<Vec<HealthItem>>,
     leftovers: Mutex<Vec<String>>,
     health: Mutex<Vec<HealthItem>>,
+    bootstrap: watch::Sender<Bootstrap>,
 }
 
 impl Script {
@@ -160,7 +161,7 @@ impl World for Double {
     }
 
     fn bootstrap(&self) -> watch::Receiver<Bootstrap> {
-        watch::channel(Bootstrap::default()).1
+        self.0.bootstrap.subscribe()
     }
 
     fn inspector(&self) -> impl Inspector + use<> {
@@ -241,8 +242,12 @@ impl Rig {
     }
 
     async fn connect(&self) -> Result<(), Error> {
+        self.connect_to(request()).await
+    }
+
+    async fn connect_to(&self, request: Request) -> Result<(), Error> {
         let (reply, answer) = oneshot::channel();
-        self.handle.commands.send(Command::Connect(Box::new(request()), reply)).await.unwrap();
+        self.handle.commands.send(Command::Connect(Box::new(request), reply)).await.unwrap();
         answer.await.unwrap()
     }
 
@@ -313,6 +318,59 @@ fn run<F: Future<Output = ()>>(test: F) {
 
 const ALL_PHASES: &str = "check-privileges resolve-upstream probe-upstream save-network create-tun apply-firewall \
                           apply-routes configure-dns flush-dns";
+
+/// A request for the other backend.
+fn through_tor(scheme: Scheme) -> Request {
+    let upstream = UpstreamSpec { scheme, ..profile().upstream };
+    Request { profile: Profile { backend: Backend::TorVm, upstream, ..profile() }, password: None }
+}
+
+#[test]
+fn tor_has_phases_of_its_own() {
+    run(async {
+        let mut rig = Rig::start(Script::default(), None, None);
+        rig.at_rest().await;
+        let phases = "save-network create-tap launch-vm wait-tap configure-tap flush-dns wait-bootstrap";
+        let upstream = "resolve-upstream probe-upstream";
+        for (scheme, expected) in [
+            (Scheme::Direct, format!("check-privileges {phases}")),
+            (Scheme::Http, format!("check-privileges {upstream} {phases}")),
+        ] {
+            rig.connect_to(through_tor(scheme)).await.unwrap();
+            rig.until(State::Connected).await;
+            assert_eq!(rig.script.calls(), expected);
+            assert_eq!(rig.handle.view.borrow().backend, "torvm");
+            rig.disconnect().await.unwrap();
+            rig.until(State::Disconnected).await;
+            rig.script.calls();
+        }
+    });
+}
+
+#[test]
+fn it_is_seen_how_far_tor_is_and_waiting_for_it_can_be_ended() {
+    run(async {
+        let script = Script::default();
+        *script.hanging.lock().unwrap() = Some(Phase::WaitBootstrap);
+        let mut rig = Rig::start(script, None, None);
+        rig.at_rest().await;
+        rig.connect_to(through_tor(Scheme::Direct)).await.unwrap();
+        let mut view = rig.handle.view.clone();
+        view.wait_for(|view| view.phase == "wait-bootstrap").await.unwrap();
+        let mut last = view.borrow().progress.percent;
+        for percent in [10, 55, 90] {
+            let summary = format!("step {percent}");
+            rig.script.bootstrap.send_replace(Bootstrap { percent, summary: summary.clone(), ..Bootstrap::default() });
+            let seen = view.wait_for(|view| view.progress.summary == summary).await.unwrap().clone();
+            assert!(seen.progress.percent > last && seen.progress.percent < 100, "{seen:?}");
+            assert_eq!((seen.state, seen.bootstrap.percent), (State::Connecting, percent));
+            last = seen.progress.percent;
+        }
+        rig.disconnect().await.unwrap();
+        rig.until(State::Disconnected).await;
+        assert!(rig.script.calls().ends_with("wait-bootstrap tear-down"));
+    });
+}
 
 #[test]
 fn connects_and_disconnects() {

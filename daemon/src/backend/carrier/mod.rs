@@ -1,11 +1,14 @@
 //! The world of both backends: the host's network, the upstream and the packet engine.
 //!
+//! - `torvm`: what is different with a virtual machine
 //! - `watching`: what others do to the network meanwhile, and what is done about it
 
+mod torvm;
 mod watching;
 
+pub use torvm::{Left, Paths};
+
 use std::os::fd::OwnedFd;
-use std::path::PathBuf;
 use std::pin::pin;
 use std::sync::Arc;
 
@@ -15,11 +18,14 @@ use proxyvpn_engine::Engine;
 use proxyvpn_engine::config::{Config, Limits};
 use proxyvpn_engine::event::Event;
 use proxyvpn_engine::upstream::{Connector, Upstream};
+use proxyvpn_torvm::config::GuestConfig;
 use tokio::sync::{mpsc, watch};
+use tokio::task::JoinHandle;
 use tokio::time::Instant;
 use zbus::Connection;
 
 use super::engine::EngineSlot;
+use super::guest::{Guest, News, TorSlot};
 use super::inspect::CarrierInspector;
 use super::lock;
 use super::lookout::{Disturbance, Lookout};
@@ -27,11 +33,14 @@ use super::network::{self, texts};
 use super::question::Question;
 use super::shortage::Shortages;
 use super::{caches, upstream};
+use crate::config::profile::{Backend, Scheme, TunSpec};
 use crate::machine::world::{Facts, Fault, Inspector, World};
 use crate::machine::{Failure, Phase, Request};
 use crate::net::desired::{Desired, Locked, Tunnel};
-use crate::net::{self, Keeping, Network, Owned, Stage};
+use crate::net::{self, Keep, Keeping, Network, Owned, Stage};
 use crate::resolvers::Resolvers;
+use crate::tor::Password;
+use crate::vm::Image;
 
 /// Events that may wait; the engine coalesces what does not fit.
 const EVENTS: usize = 16;
@@ -39,17 +48,34 @@ const EVENTS: usize = 16;
 /// See the module.
 #[derive(Debug)]
 pub struct Carrier {
-    state_dir: PathBuf,
+    paths: Paths,
     queues: usize,
     limits: Limits,
     bus: Connection,
     keeping: Keeping,
+    /// Where the virtual machine outlives the process.
+    store: Option<Arc<dyn Keep>>,
+    /// What the daemon before left of its own.
+    left: Option<Left>,
+    /// Which backend the present or last attempt has.
+    backend: Backend,
     /// Something was wanted before, so that a device in the store is not of the daemon before.
     begun: bool,
     /// Opened at the first use, so that a daemon without privileges can still say what is missing.
     network: Option<Network>,
     engine: EngineSlot,
     events: Option<mpsc::Receiver<Event>>,
+    /// Checked, and not yet used.
+    image: Option<Image>,
+    /// For the next virtual machine.
+    told: Option<(Password, GuestConfig)>,
+    /// The queue that the virtual machine has too.
+    tap: Vec<OwnedFd>,
+    guest: Option<Guest>,
+    /// A virtual machine that is being ended.
+    ending: Option<JoinHandle<()>>,
+    accelerator: (&'static str, String),
+    tor: TorSlot,
     /// The device in the place of the tunnel while all is blocked.
     held: Vec<OwnedFd>,
     /// What the present or last attempt wants.
@@ -77,9 +103,26 @@ pub struct Carrier {
 impl Carrier {
     /// A backend at rest, whose device will have so many `queues`.
     #[must_use]
-    pub fn new(state_dir: PathBuf, queues: usize, limits: Limits, bus: Connection, keeping: Keeping) -> Self {
+    pub fn new(
+        paths: Paths,
+        queues: usize,
+        limits: Limits,
+        bus: Connection,
+        keeping: Keeping,
+        left: Option<Left>,
+    ) -> Self {
         Self {
-            state_dir,
+            paths,
+            store: keeping.store.clone(),
+            left,
+            backend: Backend::Proxy,
+            image: None,
+            told: None,
+            tap: Vec::new(),
+            guest: None,
+            ending: None,
+            accelerator: Default::default(),
+            tor: TorSlot::default(),
             queues,
             limits,
             bus,
@@ -108,7 +151,7 @@ impl Carrier {
     async fn network(&mut self) -> Result<&mut Network, Failure> {
         let network = match self.network.take() {
             Some(network) => network,
-            None => Network::open(&self.state_dir, std::mem::take(&mut self.keeping))
+            None => Network::open(&self.paths.state, std::mem::take(&mut self.keeping))
                 .await
                 .map_err(|error| network::failure(&error))?,
         };
@@ -136,10 +179,18 @@ impl Carrier {
     }
 
     async fn check_privileges(&mut self, request: &Request) -> Result<(), Failure> {
-        let (desired, resolvers) = network::desired(&request.profile)?;
+        let (desired, resolvers) = network::desired(&request.profile);
+        self.backend = request.profile.backend;
         self.network().await?.preflight(&desired).await.map_err(|error| network::failure(&error))?;
         self.want(desired);
         self.resolvers = Some(resolvers);
+        if self.backend == Backend::TorVm {
+            self.check_image().await?;
+            // Without an upstream there is no phase for it.
+            if request.profile.upstream.scheme == Scheme::Direct {
+                self.resolve_upstream(request).await?;
+            }
+        }
         Ok(())
     }
 
@@ -160,7 +211,7 @@ impl Carrier {
             Err(failure) => return Err(self.explain(failure).await),
         }
         self.lookout.another_upstream();
-        Ok(())
+        if self.backend == Backend::TorVm { self.tell(request).await } else { Ok(()) }
     }
 
     async fn create_tun(&mut self) -> Result<(), Failure> {
@@ -200,8 +251,11 @@ impl Carrier {
     /// The device of the daemon before, if this one only now begins and can go on with it: then programs that connect wait in it.
     async fn resumed(&mut self, request: Option<&Request>) -> Option<Tunnel> {
         let begins = !std::mem::replace(&mut self.begun, true);
-        let tunnel = network::tunnel(&request.filter(|_| begins)?.profile.tun);
-        let queues = self.queues;
+        let profile = &request.filter(|_| begins)?.profile;
+        let (tunnel, queues) = match profile.backend {
+            Backend::Proxy => (network::tunnel(profile), self.queues),
+            Backend::TorVm => (self.left.is_some().then(|| network::tunnel(profile))?, 1),
+        };
         // What can't be found out must not keep the block from being put in force.
         let there = self.network().await.ok()?.has_tunnel(&tunnel, queues).await.unwrap_or(false);
         there.then_some(tunnel)
@@ -235,7 +289,10 @@ impl Carrier {
         if !desired.killswitch || !desired.inbound_replies || desired.locked == Locked::Idle {
             return Ok(());
         }
-        let tunnel = network::tunnel(&request.map(|request| request.profile.tun.clone()).unwrap_or_default());
+        let tunnel = match request {
+            Some(request) => network::tunnel(&request.profile),
+            None => network::tun(&TunSpec::default()),
+        };
         let Some(network) = self.network.as_mut() else { return Ok(()) };
         match network.hold(&tunnel).await {
             Ok(held) => self.held = held,
@@ -280,9 +337,11 @@ impl World for Carrier {
             }
             // `bypass` leaves the resolvers as they are: rules and firewall let them through.
             Phase::ConfigureDns => Ok(()),
-            Phase::CreateTap | Phase::LaunchVm | Phase::WaitTap | Phase::ConfigureTap | Phase::WaitBootstrap => {
-                Err(internal("a phase of another backend"))
-            }
+            Phase::CreateTap => self.create_tap().await,
+            Phase::LaunchVm => self.launch_vm(request).await,
+            Phase::WaitTap => self.wait_tap().await,
+            Phase::ConfigureTap => self.configure_tap().await,
+            Phase::WaitBootstrap => self.wait_bootstrap().await,
             Phase::FlushDns => {
                 caches::flush(&self.bus).await;
                 Ok(())
@@ -306,6 +365,9 @@ impl World for Carrier {
         self.in_force = Some(desired.clone());
         self.resolvers = resolvers;
         self.stop_engine().await;
+        if desired.tunnel.is_none() {
+            self.end_vm();
+        }
         let (device, routes) = if desired.tunnel.is_some() {
             (Ok(()), routes)
         } else {
@@ -367,7 +429,7 @@ impl World for Carrier {
                 }
                 return Fault::Uplink;
             }
-            let events = &mut self.events;
+            let (events, guest) = (&mut self.events, &mut self.guest);
             let event = async {
                 match events {
                     Some(events) => events.recv().await,
@@ -384,6 +446,9 @@ impl World for Carrier {
                     }
                     Disturbance::Resumed => {
                         tracing::info!("the machine woke up");
+                        if let Some(guest) = guest {
+                            guest.set_clock();
+                        }
                         self.lookout.moved = true;
                         continue;
                     }
@@ -397,6 +462,11 @@ impl World for Carrier {
                     }
                     continue;
                 }
+                news = news(guest) => match news {
+                    News::Network => continue,
+                    News::Progress => return Fault::Health,
+                    News::Down(failure) => return Fault::Broken(failure),
+                },
                 event = event => event,
                 () = self.shortages.over() => return Fault::Health,
             };
@@ -461,6 +531,11 @@ impl World for Carrier {
 
     async fn tear_down(&mut self) -> Vec<String> {
         self.stop_engine().await;
+        // While nothing can leave: what Tor has to write reaches its disk.
+        self.end_vm();
+        if let Some(ending) = self.ending.take() {
+            let _ = ending.await;
+        }
         self.held.clear();
         self.desired = None;
         self.connector = None;
@@ -495,12 +570,19 @@ impl World for Carrier {
                 .unwrap_or_default(),
             resolvers: desired.map(|desired| texts(&desired.exceptions.resolvers)).unwrap_or_default(),
             blocking: desired.is_some_and(|desired| desired.killswitch),
-            accelerator: Default::default(),
+            accelerator: self.accelerator.clone(),
         }
     }
 
     fn inspector(&self) -> impl Inspector + use<> {
-        CarrierInspector::new(self.state_dir.clone(), self.engine.clone())
+        CarrierInspector::new(self.paths.state.clone(), self.engine.clone(), self.tor.clone())
+    }
+}
+
+async fn news(guest: &mut Option<Guest>) -> News {
+    match guest {
+        Some(guest) => guest.next().await,
+        None => std::future::pending().await,
     }
 }
 

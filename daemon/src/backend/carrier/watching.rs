@@ -10,6 +10,7 @@ use tokio::time::Instant;
 use super::{Carrier, item};
 use crate::backend::lookout::Disturbance;
 use crate::backend::network::{self, texts};
+use crate::config::profile::Backend;
 use crate::machine::Failure;
 use crate::net::desired::{Desired, Exceptions};
 use crate::net::{self, Stage};
@@ -28,7 +29,8 @@ impl Carrier {
     /// Lets the DNS servers through that the machine uses now, and no others.
     pub(super) async fn follow_resolvers(&mut self) {
         let (Some(found), Some(in_force)) = (self.resolvers_now(), self.in_force.clone()) else { return };
-        if in_force.exceptions.resolvers == found.addresses {
+        // With Tor they are only asked for the upstream's name, by marked sockets.
+        if self.backend == Backend::TorVm || in_force.exceptions.resolvers == found.addresses {
             self.resolvers = Some(found);
             return;
         }
@@ -74,7 +76,12 @@ impl Carrier {
         match what {
             Disturbance::Network => drop(self.look().await),
             Disturbance::Resolvers => self.follow_resolvers().await,
-            Disturbance::Resumed => self.lookout.moved = true,
+            Disturbance::Resumed => {
+                self.lookout.moved = true;
+                if let Some(guest) = &mut self.guest {
+                    guest.set_clock();
+                }
+            }
         }
     }
 
