@@ -17,8 +17,8 @@ use tracing::level_filters::LevelFilter;
 use tracing_subscriber::layer::{Layer as _, SubscriberExt as _};
 use tracing_subscriber::util::SubscriberInitExt as _;
 
-use crate::backend::carrier::{Carrier, Left, Paths};
 use crate::backend;
+use crate::backend::carrier::{Carrier, Left, Paths};
 use crate::config::daemon::{self, DaemonConfig};
 use crate::config::store::ProfileStore;
 use crate::config::watch::Watch;

@@ -109,7 +109,6 @@ impl Guest {
         }
     }
 
-
     /// Gives the virtual machine back, to be ended, and whether it can do that by itself.
     pub(super) fn into_vm(self) -> (Vm, bool) {
         self.shown.send_replace(Bootstrap::default());
@@ -335,7 +334,11 @@ impl TorSlot {
     pub(super) async fn circuits(&self) -> Result<Vec<Circuit>, Failure> {
         let asked = self.control().await?.circuits().await;
         let circuits = asked.map_err(|error| Failure::from_error(ReasonCode::VmFailed, &error))?;
-        let relay = |relay: tor::Relay| Relay { fingerprint: relay.fingerprint, nickname: relay.nickname, address: relay.address.map(|address| address.to_string()).unwrap_or_default() };
+        let relay = |relay: tor::Relay| Relay {
+            fingerprint: relay.fingerprint,
+            nickname: relay.nickname,
+            address: relay.address.map(|address| address.to_string()).unwrap_or_default(),
+        };
         let circuit = |circuit: tor::Circuit| Circuit {
             id: circuit.id.to_string(),
             purpose: circuit.purpose,

@@ -1,10 +1,10 @@
 //! Plan, diagnosis, flows and counters: questions that never hold up the states and change nothing.
 
 use std::collections::HashMap;
-use std::path::PathBuf;
 
 use proxyvpn_dbus::types::{Check, Circuit, Flow, PlanStep};
 
+use super::carrier::Paths;
 use super::engine::EngineSlot;
 use super::guest::TorSlot;
 use super::{checks, network};
@@ -15,14 +15,14 @@ use crate::net::{Keeping, Network};
 /// Looks with a netlink socket of its own.
 #[derive(Debug, Clone)]
 pub struct CarrierInspector {
-    state_dir: PathBuf,
+    paths: Paths,
     engine: EngineSlot,
     tor: TorSlot,
 }
 
 impl CarrierInspector {
-    pub(super) fn new(state_dir: PathBuf, engine: EngineSlot, tor: TorSlot) -> Self {
-        Self { state_dir, engine, tor }
+    pub(super) fn new(paths: Paths, engine: EngineSlot, tor: TorSlot) -> Self {
+        Self { paths, engine, tor }
     }
 }
 
@@ -30,7 +30,7 @@ impl Inspector for CarrierInspector {
     async fn plan(&self, request: &Request) -> Result<Vec<PlanStep>, Failure> {
         let (desired, _) = network::desired(&request.profile);
         let network =
-            Network::open(&self.state_dir, Keeping::default()).await.map_err(|error| network::failure(&error))?;
+            Network::open(&self.paths.state, Keeping::default()).await.map_err(|error| network::failure(&error))?;
         let steps = network.plan(&desired).await.map_err(|error| network::failure(&error))?;
         Ok(steps
             .iter()
@@ -43,7 +43,7 @@ impl Inspector for CarrierInspector {
     }
 
     async fn diagnose(&self, request: Option<&Request>) -> Vec<Check> {
-        checks::run(&self.state_dir, request).await
+        checks::run(&self.paths, request).await
     }
 
     async fn flows(&self) -> Vec<Flow> {

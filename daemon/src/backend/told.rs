@@ -41,7 +41,8 @@ pub(super) fn restrict(connector: &mut Connector, config: &GuestConfig) {
 
 async fn found(spec: &TorProxySpec, resolvers: &[IpAddr]) -> Result<Proxy, Failure> {
     let address = SocketAddrV4::new(address(&spec.host, resolvers).await?, spec.port);
-    let credential = |error: &(dyn std::error::Error + 'static)| Failure::from_error(ReasonCode::CredentialUnavailable, error);
+    let credential =
+        |error: &(dyn std::error::Error + 'static)| Failure::from_error(ReasonCode::CredentialUnavailable, error);
     let login = match (&spec.username, &spec.password) {
         (Some(user), Some(source)) => {
             let password = stored(source).await?;

@@ -327,7 +327,8 @@ impl<W: World, I: Inspector> Context<W, I> {
         self.health(found);
         let (facts, bootstrap) = (self.world.facts(), self.world.bootstrap().borrow().clone());
         self.view.0.send_if_modified(|view| {
-            let changed = view.resolvers != facts.resolvers || view.firewall != facts.firewall || view.bootstrap != bootstrap;
+            let changed =
+                view.resolvers != facts.resolvers || view.firewall != facts.firewall || view.bootstrap != bootstrap;
             view.bootstrap = bootstrap;
             view.resolvers = facts.resolvers;
             view.firewall = facts.firewall;

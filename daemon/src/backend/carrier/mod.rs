@@ -575,7 +575,7 @@ impl World for Carrier {
     }
 
     fn inspector(&self) -> impl Inspector + use<> {
-        CarrierInspector::new(self.paths.state.clone(), self.engine.clone(), self.tor.clone())
+        CarrierInspector::new(self.paths.clone(), self.engine.clone(), self.tor.clone())
     }
 }
 

@@ -6,8 +6,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use proxyvpn_dbus::ReasonCode;
-use proxyvpn_engine::config::{Config, Link};
 use proxyvpn_engine::Engine;
+use proxyvpn_engine::config::{Config, Link};
 use proxyvpn_torvm::launch::Accelerator;
 use proxyvpn_torvm::link;
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
@@ -140,7 +140,8 @@ impl Carrier {
         let vm = vm.map_err(|error| failed(&error))?;
         if let Some(used) = vm.acceleration() {
             self.accelerator = (accelerator_name(used.accelerator), used.reason.clone());
-            let running = Running { password: password.clone(), accelerator: used.accelerator, why: used.reason.clone() };
+            let running =
+                Running { password: password.clone(), accelerator: used.accelerator, why: used.reason.clone() };
             self.leave(&vm, &ours, &running);
         }
         self.guest = Some(Guest::new(vm, password.clone(), way(request), self.bootstrap.clone()));

@@ -1,4 +1,8 @@
 //! The checks of the diagnosis: what a connection needs, each with a result and, where it is not there, one line of remedy.
+//!
+//! - `torvm`: what a virtual machine with Tor needs
+
+mod torvm;
 
 use std::net::{IpAddr, SocketAddr};
 use std::path::Path;
@@ -9,7 +13,9 @@ use proxyvpn_engine::upstream::{ConnectError, Connector, Target};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::time::timeout;
 
+use super::carrier::Paths;
 use super::{network, upstream};
+use crate::config::profile::{Backend, Scheme};
 use crate::fdstore::FdStore;
 use crate::lookup;
 use crate::machine::Request;
@@ -48,13 +54,21 @@ impl Report {
 }
 
 /// Runs all checks; those of an upstream only with a request. Changes nothing; asks the resolvers and the upstream.
-pub(super) async fn run(state_dir: &Path, request: Option<&Request>) -> Vec<Check> {
+pub(super) async fn run(paths: &Paths, request: Option<&Request>) -> Vec<Check> {
     let mut report = Report::default();
     let (desired, found) = match request.map(|request| network::desired(&request.profile)) {
         Some(found) => found,
         None => (network::closed(), resolvers::find(&[], &resolvers::Paths::default())),
     };
-    let own = machine(&mut report, state_dir, &desired).await;
+    let own = machine(&mut report, &paths.state, &desired).await;
+    if let Some(request) = request.filter(|request| request.profile.backend == Backend::TorVm) {
+        torvm::checks(&mut report, paths).await;
+        // Nobody else is asked: that could be seen, and tells that somebody is about to use Tor.
+        if request.profile.upstream.scheme != Scheme::Direct {
+            answers(&mut report, request, &found, &own).await;
+        }
+        return report.0;
+    }
     let known = resolver(&mut report, &found).await;
     if let Some(request) = request {
         proxy(&mut report, request, &found, &own, known).await;
@@ -181,20 +195,10 @@ async fn resolver(report: &mut Report, resolvers: &Resolvers) -> Option<IpAddr> 
 /// Is the proxy there, and what does it let through?
 async fn proxy(report: &mut Report, request: &Request, resolvers: &Resolvers, own: &[IpAddr], known: Option<IpAddr>) {
     const AFTER: [&str; 3] = ["proxy-name", "proxy-ip-literal", "dns-tcp-proxy"];
-    let connector = match upstream::connector(request, resolvers.for_lookup(), own).await {
-        Ok(connector) => Connector { timeout: TIMEOUT, ..connector },
-        Err(failure) => {
-            report.failed("proxy", failure.text, "mend the profile's [upstream]");
-            report.skipped(&AFTER, "the proxy cannot be asked");
-            return;
-        }
-    };
-    if let Err(error) = connector.probe().await {
-        report.failed("proxy", upstream::failure(&error).text, "check address, port, user and password of the proxy");
-        report.skipped(&AFTER, "the proxy does not answer");
+    let Some(connector) = answers(report, request, resolvers, own).await else {
+        report.skipped(&AFTER, "the proxy cannot be asked");
         return;
-    }
-    report.ok("proxy", format!("{} answers", request.profile.upstream));
+    };
     let by_name = connector.connect(&Target::Name(KNOWN_NAME.to_owned(), 443)).await;
     match &by_name {
         Ok(_) => report.ok("proxy-name", format!("The proxy connects to {KNOWN_NAME}:443")),
@@ -207,6 +211,23 @@ async fn proxy(report: &mut Report, request: &Request, resolvers: &Resolvers, ow
     }
     literal(report, &connector, known, by_name.is_ok()).await;
     dns_over_proxy(report, &connector, &resolvers.addresses).await;
+}
+
+/// Is the proxy there?
+async fn answers(report: &mut Report, request: &Request, resolvers: &Resolvers, own: &[IpAddr]) -> Option<Connector> {
+    let connector = match upstream::connector(request, resolvers.for_lookup(), own).await {
+        Ok(connector) => Connector { timeout: TIMEOUT, ..connector },
+        Err(failure) => {
+            report.failed("proxy", failure.text, "mend the profile's [upstream]");
+            return None;
+        }
+    };
+    if let Err(error) = connector.probe().await {
+        report.failed("proxy", upstream::failure(&error).text, "check address, port, user and password of the proxy");
+        return None;
+    }
+    report.ok("proxy", format!("{} answers", request.profile.upstream));
+    Some(connector)
 }
 
 /// Programs look names up themselves, so the proxy sees addresses. Some proxies refuse those.
