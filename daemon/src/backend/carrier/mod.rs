@@ -75,6 +75,8 @@ pub struct Carrier {
     /// A virtual machine that is being ended.
     ending: Option<JoinHandle<()>>,
     accelerator: (&'static str, String),
+    /// systemd-resolved asks Tor.
+    dns_told: bool,
     tor: TorSlot,
     /// The device in the place of the tunnel while all is blocked.
     held: Vec<OwnedFd>,
@@ -122,6 +124,7 @@ impl Carrier {
             guest: None,
             ending: None,
             accelerator: Default::default(),
+            dns_told: false,
             tor: TorSlot::default(),
             queues,
             limits,
@@ -503,9 +506,11 @@ impl World for Carrier {
 
     async fn health(&mut self) -> Vec<HealthItem> {
         let mut items = Vec::new();
-        if let Some(warning) = self.resolvers.as_ref().and_then(|resolvers| resolvers.warning.as_ref()) {
-            items.push(item("resolvers", "warning", warning.to_string()));
-        }
+        let warning = self.resolvers.as_ref().and_then(|found| match self.backend {
+            Backend::Proxy => found.warning.as_ref().map(ToString::to_string),
+            Backend::TorVm => torvm::names(found, self.dns_told),
+        });
+        items.extend(warning.map(|text| item("resolvers", "warning", text)));
         if std::mem::take(&mut self.lookout.resolvers_stale) {
             self.follow_resolvers().await;
         }

@@ -17,12 +17,13 @@ use tokio::time::sleep_until;
 
 use super::{Carrier, EVENTS, internal};
 use crate::backend::guest::{Guest, News};
-use crate::backend::{network, told};
+use crate::backend::{network, resolved, told};
 use crate::config::profile::{Accel, Scheme, TorVmSpec};
 use crate::fdstore::Inherited;
 use crate::machine::{Failure, Request};
 use crate::net::Stage;
 use crate::record;
+use crate::resolvers::{Origin, Resolvers};
 use crate::tor::{Password, hint};
 use crate::vm::accel::Wanted;
 use crate::vm::{self, Image, PoweredDown, Vm};
@@ -248,7 +249,13 @@ impl Carrier {
         self.apply(Stage::Routes).await?;
         let desired = self.desired()?;
         self.network().await?.end_older(&desired).await;
+        let device = desired.tunnel.as_ref().map(|tunnel| tunnel.name.clone()).unwrap_or_default();
         self.in_force = Some(desired);
+        let configured = resolved::configure(&self.bus, &device, link::GUEST.into()).await;
+        self.dns_told = configured.unwrap_or_else(|error| {
+            tracing::warn!(error = &error as &dyn std::error::Error, "systemd-resolved does not ask Tor");
+            false
+        });
         Ok(())
     }
 
@@ -281,6 +288,12 @@ impl Carrier {
             }
         }));
     }
+}
+
+/// What keeps names from being looked up through Tor.
+pub(super) fn names(found: &Resolvers, dns_told: bool) -> Option<String> {
+    let listed = if found.origin == Origin::ResolvConf { found.addresses.as_slice() } else { &[] };
+    resolved::warning(&[listed, &found.local].concat(), dns_told)
 }
 
 /// What Tor's troubles can come from.
