@@ -55,6 +55,8 @@ fn tor(torrc: &mut Torrc, tor: &TorSettings) {
     plugins.dedup();
     if plugins.is_empty() {
         torrc.set("NoExec", 1);
+        // Tor's own filter of system calls; it knows no starting of transports.
+        torrc.set("Sandbox", 1);
     } else {
         torrc.set("ClientTransportPlugin", format_args!("{} exec {OBFS4PROXY}", plugins.join(",")));
     }

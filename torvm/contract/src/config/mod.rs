@@ -48,7 +48,7 @@ pub const FW_CFG: &str = "opt/org.proxyvpn/config";
 /// Bytes of the longest configuration as JSON; all lists at their bounds are shorter.
 pub const MAX_CONFIG: usize = 64 * 1024;
 /// The pluggable transports obfs4 and meek_lite in the guest, only in the image's initramfs with transports (`ClientTransportPlugin … exec`).
-/// Tor cannot start it under `Sandbox 1`.
+/// Tor cannot start it under `Sandbox 1`, and has that without transports only.
 pub const OBFS4PROXY: &str = "/usr/bin/obfs4proxy";
 /// Most bridges.
 pub const MAX_BRIDGES: usize = 16;
