@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use proxyvpn_dbus::ReasonCode;
 use proxyvpn_engine::Engine;
-use proxyvpn_engine::config::{Config, Link};
+use proxyvpn_engine::config::{Config, Limits, Link};
 use proxyvpn_torvm::launch::Accelerator;
 use proxyvpn_torvm::link;
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
@@ -32,6 +32,10 @@ use crate::vm::{self, Image, PoweredDown, Vm};
 const STALLED: Duration = Duration::from_secs(600);
 /// What a virtual machine has to stop Tor and to unmount its disk.
 const POWER_DOWN: Duration = Duration::from_secs(5);
+/// Connections to relays that a guest may have; a Tor client has some ten.
+const FLOWS: usize = 1024;
+/// Bytes that they may hold.
+const MEMORY: usize = 64 << 20;
 /// Name of the packet engine's end of the virtual machine's way out, where descriptors outlive the process.
 const LINK: &str = "vm-link";
 /// Record of the virtual machine that runs, beside the record of what is wanted.
@@ -201,7 +205,8 @@ impl Carrier {
     async fn carry(&mut self, fd: OwnedFd) -> Result<(), Failure> {
         let connector = self.connector()?;
         let (sender, events) = mpsc::channel(EVENTS);
-        let config = Config { mtu: link::UPLINK_MTU, limits: self.limits, connector, owners: None };
+        let limits = Limits { flows: FLOWS, pending: FLOWS / 4, memory: MEMORY.min(self.limits.memory), ..self.limits };
+        let config = Config { mtu: link::UPLINK_MTU, limits, connector, owners: None };
         let guest = Link {
             guest: link::UPLINK_GUEST,
             gateway: link::UPLINK_GATEWAY,
