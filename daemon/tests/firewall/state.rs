@@ -10,7 +10,7 @@ use std::{
 
 use proxyvpnd::net::{
     Devices,
-    desired::{Desired, Forward, Locked},
+    desired::{Control, Desired, Forward, Gateway, Locked},
     firewall::{Abilities, Backend, Error, Programs, compile},
 };
 
@@ -33,13 +33,21 @@ fn sessions() -> Vec<(SocketAddr, SocketAddr)> {
 
 /// With a bridge to containers.
 fn devices() -> Devices {
-    Devices { inner: vec!["in0".to_owned()], ..world::devices() }
+    Devices { inner: vec!["in0".to_owned()], routed: vec!["tap1".to_owned()], ..world::devices() }
 }
 
 /// Each kind of state.
 fn states() -> Vec<Desired> {
     let full = desired();
+    let (mac, own_mac, control) = ([2; 6], [4; 6], Control { port: 9051, user: 990 });
+    let mut routed = Desired { steer_dns: true, forward: Forward::Tunnel, ..full.clone() };
+    routed.exceptions.services = vec!["127.0.0.1:3128".parse().unwrap(), "[::1]:3128".parse().unwrap()];
+    let gateway = Gateway { address: [10, 255, 255, 2].into(), mac, own_mac, control };
+    routed.tunnel.iter_mut().for_each(|tunnel| (tunnel.v6, tunnel.gateway) = (None, Some(gateway)));
     vec![
+        routed.clone(),
+        Desired { killswitch: false, ..routed.clone() },
+        Desired { locked: Locked::Yes, ..routed },
         full.clone(),
         Desired { killswitch: false, ..full.clone() },
         Desired { tunnel: None, ..full.clone() },
