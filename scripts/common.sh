@@ -56,10 +56,10 @@ use_cargo() {
 cargo_run() { (cd "$ROOT" && as_builder env PATH="$PATH" cargo "$@"); }
 target_dir() { echo "${CARGO_TARGET_DIR:-$ROOT/target}"; }
 
-# build_release: the two programs, as the user behind sudo.
+# build_release: the programs, as the user behind sudo.
 build_release() {
   use_cargo
-  cargo_run build --release --locked --quiet -p proxyvpnd -p proxyctl
+  cargo_run build --release --locked --quiet -p proxyvpnd -p proxyctl -p proxyvpn-qemu
 }
 
 # Results of a test script. check NAME CMD... runs one check, keeps its log and shows it only when it fails.

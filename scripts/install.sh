@@ -6,18 +6,20 @@
 #   sudo scripts/install.sh --uninstall [--purge]               stop it, undo its network, remove every file
 #
 #   --prefix DIR    where the programs go (default /usr); what D-Bus, polkit and systemd read stays where they look for it
-#   --bin-dir DIR   take proxyvpnd and proxyctl from here instead of building them
+#   --bin-dir DIR   take proxyvpnd, proxyctl and proxyvpn-qemu from here instead of building them
+#   --torvm-image DIR   the TorVM's image (default: what build-torvm-image.sh has made, if it has; without one only that backend is missing)
 #   --purge         with --uninstall: remove /etc/proxyvpn (your profiles) too
 #   --quiet         print only errors
 set -euo pipefail
 # shellcheck source=scripts/common.sh
 . "$(dirname "$0")/common.sh"
 
-destdir='' prefix=/usr bin_dir='' uninstall='' purge='' quiet=''
+destdir='' prefix=/usr bin_dir='' image='' uninstall='' purge='' quiet=''
 while [ $# -gt 0 ]; do case $1 in
   --destdir) destdir=${2:?--destdir needs a folder}; shift 2 ;;
   --prefix) prefix=${2:?--prefix needs a folder}; shift 2 ;;
   --bin-dir) bin_dir=${2:?--bin-dir needs a folder}; shift 2 ;;
+  --torvm-image) image=${2:?--torvm-image needs a folder}; shift 2 ;;
   --uninstall) uninstall=1; shift ;;
   --purge) purge=1; shift ;;
   --quiet) quiet=1; shift ;;
@@ -30,6 +32,7 @@ info() { [ -n "$quiet" ] || say "$@"; }
 
 libexec=$prefix/libexec/proxyvpn
 unit_dir=/usr/lib/systemd/system
+image_dir=/usr/lib/proxyvpn/torvm # where the daemon looks for it
 doc_dir=$prefix/share/doc/proxyvpn
 man_dir=$prefix/share/man
 completions=("$prefix/share/bash-completion/completions/proxyctl" "$prefix/share/zsh/site-functions/_proxyctl"
@@ -39,6 +42,8 @@ completions=("$prefix/share/bash-completion/completions/proxyctl" "$prefix/share
 files=(
   "systemd/proxyvpnd.service 644 $unit_dir/proxyvpnd.service"
   "systemd/proxyvpn-lock.service 644 $unit_dir/proxyvpn-lock.service"
+  "systemd/proxyvpn-qemu.socket 644 $unit_dir/proxyvpn-qemu.socket"
+  "systemd/proxyvpn-qemu@.service 644 $unit_dir/proxyvpn-qemu@.service"
   "systemd/proxyvpn.sysusers 644 /usr/lib/sysusers.d/proxyvpn.conf"
   "polkit/org.proxyvpn1.policy 644 /usr/share/polkit-1/actions/org.proxyvpn1.policy"
   "polkit/proxyvpn-lock.rules 644 /usr/share/polkit-1/rules.d/org.proxyvpn1.lock.rules"
@@ -67,6 +72,17 @@ reload() {
   fi
 }
 
+install_image() {
+  [ -n "$image" ] || { image=$(target_dir)/torvm-image; [ -e "$image/manifest.json" ] || image=''; }
+  if [ -z "$image" ]; then info "no TorVM image: 'scripts/build-torvm-image.sh' makes one"; return; fi
+  [ -e "$image/manifest.json" ] || die "$image holds no image of the TorVM (manifest.json)"
+  # the manifest last: the daemon believes what it says
+  local file
+  for file in vmlinuz initramfs initramfs-transports manifest.json; do
+    [ ! -e "$image/$file" ] || install -D -m 644 "$image/$file" "$destdir$image_dir/$file"
+  done
+}
+
 do_install() {
   [ -n "$destdir" ] || need_root
   if [ -z "$bin_dir" ]; then
@@ -77,14 +93,16 @@ do_install() {
   local spec source mode place
   install -D -m 755 "$bin_dir/proxyctl" "$destdir$prefix/bin/proxyctl"
   install -D -m 755 "$bin_dir/proxyvpnd" "$destdir$libexec/proxyvpnd"
+  install -D -m 755 "$bin_dir/proxyvpn-qemu" "$destdir$libexec/proxyvpn-qemu"
   for spec in "${files[@]}"; do
     read -r source mode place <<<"$spec"
     install -D -m "$mode" "$ROOT/$source" "$destdir$place"
   done
   if [ "$prefix" != /usr ]; then
     sed -i "s#/usr/libexec/proxyvpn#$libexec#g" "$destdir$unit_dir/proxyvpnd.service" "$destdir$unit_dir/proxyvpn-lock.service" \
-      "$destdir/usr/share/dbus-1/system-services/org.proxyvpn1.service"
+      "$destdir$unit_dir/proxyvpn-qemu@.service" "$destdir/usr/share/dbus-1/system-services/org.proxyvpn1.service"
   fi
+  install_image
   install -d -m 755 "$destdir/etc/proxyvpn" "$destdir/etc/proxyvpn/profiles.d"
   local shell place_of index=0
   for shell in bash zsh fish; do
@@ -95,10 +113,16 @@ do_install() {
   done
   if [ -z "$destdir" ]; then
     if command -v systemd-sysusers >/dev/null; then systemd-sysusers proxyvpn.conf
-    elif ! getent passwd proxyvpn >/dev/null; then useradd --system --user-group -M -d / -s /usr/sbin/nologin proxyvpn; fi
+    else
+      local user
+      for user in proxyvpn proxyvpn-qemu; do
+        getent passwd "$user" >/dev/null || useradd --system --user-group -M -d / -s /usr/sbin/nologin "$user"
+      done
+    fi
     reload
     # it does nothing until lockdown is turned on
     if systemd_runs; then systemctl enable --quiet proxyvpn-lock.service; fi
+    if systemd_runs; then systemctl enable --quiet --now proxyvpn-qemu.socket; fi
     if systemd_runs && systemctl is-active --quiet proxyvpnd.service; then
       if "$prefix/bin/proxyctl" status --check >/dev/null 2>&1; then
         info "A connection is up: the old daemon goes on. 'systemctl restart proxyvpnd' starts the new one, which connects again behind the block."
@@ -119,17 +143,19 @@ do_uninstall() {
   [ -n "$destdir" ] || need_root
   local failed_cleanup=''
   if [ -z "$destdir" ]; then
-    if systemd_runs; then systemctl disable --quiet --now proxyvpnd.service proxyvpn-lock.service 2>/dev/null || true; fi
+    if systemd_runs; then systemctl disable --quiet --now proxyvpnd.service proxyvpn-lock.service proxyvpn-qemu.socket 2>/dev/null || true; fi
+    if systemd_runs; then systemctl stop 'proxyvpn-qemu@*.service' 2>/dev/null || true; fi
     # whatever is left of a crash: needs no daemon, no state
     if [ -x "$libexec/proxyvpnd" ]; then "$libexec/proxyvpnd" --cleanup >/dev/null || failed_cleanup=1; fi
   fi
   [ -z "$failed_cleanup" ] || die "'$libexec/proxyvpnd --cleanup' failed, so nothing was removed: the network may still be blocked. Run it by hand to see why."
   local spec place dirs=()
-  remove_file "$prefix/bin/proxyctl"; remove_file "$libexec/proxyvpnd"; dirs+=("$libexec")
+  remove_file "$prefix/bin/proxyctl"; remove_file "$libexec/proxyvpnd"; remove_file "$libexec/proxyvpn-qemu"; dirs+=("$libexec")
   for spec in "${files[@]}"; do read -r _ _ place <<<"$spec"; remove_file "$place"; dirs+=("${place%/*}"); done
   for place in "${completions[@]}"; do remove_file "$place"; dirs+=("${place%/*}"); done
   # what an older release may have installed in folders that are only ours
-  for place in "$libexec" "$doc_dir"; do if [ -d "$destdir$place" ]; then rm -rf "${destdir}${place:?}"; removed "$place"; fi; done
+  for place in "$libexec" "$doc_dir" "$image_dir"; do if [ -d "$destdir$place" ]; then rm -rf "${destdir}${place:?}"; removed "$place"; fi; done
+  dirs+=("${image_dir%/*}")
   for place in "${dirs[@]}"; do remove_empty "$place"; done
   for place in /var/lib/proxyvpn /run/proxyvpn; do if [ -e "$destdir$place" ]; then rm -rf "$destdir$place"; removed "$place"; fi; done
   if [ -n "$purge" ]; then
@@ -139,11 +165,14 @@ do_uninstall() {
     [ ! -e "$destdir/etc/proxyvpn" ] || info "kept /etc/proxyvpn (your profiles; --purge removes it)"
   fi
   if [ -z "$destdir" ]; then
-    if getent passwd proxyvpn >/dev/null; then userdel proxyvpn 2>/dev/null && removed "user proxyvpn"; fi
-    # userdel leaves a group that others were put in
-    if getent group proxyvpn >/dev/null; then groupdel proxyvpn && removed "group proxyvpn"; fi
+    local user
+    for user in proxyvpn proxyvpn-qemu; do
+      if getent passwd "$user" >/dev/null; then userdel "$user" 2>/dev/null && removed "user $user"; fi
+      # userdel leaves a group that others were put in
+      if getent group "$user" >/dev/null; then groupdel "$user" && removed "group $user"; fi
+    done
     reload
-    if systemd_runs; then systemctl reset-failed proxyvpnd.service proxyvpn-lock.service 2>/dev/null || true; fi
+    if systemd_runs; then systemctl reset-failed proxyvpnd.service proxyvpn-lock.service proxyvpn-qemu.socket 2>/dev/null || true; fi
   fi
 }
 

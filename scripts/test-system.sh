@@ -1,6 +1,6 @@
 #!/bin/bash
 # test-system.sh: on a real systemd, in a throw-away machine (scripts/box.sh): install, D-Bus activation, polkit rules by group, restart
-# after kill -9, the unit's hardening, lockdown with reboots, uninstall. Says 'skipped' where such a machine cannot run.
+# after kill -9, the units' hardening, QEMU's start, lockdown with reboots, uninstall. Says 'skipped' where such a machine cannot run.
 # shellcheck disable=SC2016,SC2317  # expanded in the box; functions that `check` calls
 set -uo pipefail
 export PVLAB_ID=system-$$
@@ -57,22 +57,26 @@ status_of() { local want=$1 got=0; shift; "$@" </dev/null || got=$?; [ "$got" = 
 kill_main() { local pid; pid=$(main_pid); [ "${pid:-0}" -gt 1 ] || { echo "the daemon does not run"; return 1; }; root kill "-$1" "$pid" </dev/null; }
 main_pid() { root systemctl show -P MainPID proxyvpnd.service </dev/null; }
 
+# shellcheck source=tests/system/qemu.sh
+. "$ROOT/tests/system/qemu.sh"
+
 # udev gives the wire a MAC address of its own, and the kernel one that follows from it; neither may come between two state texts
 root udevadm settle --timeout 10 </dev/null
 link_local() { [ -n "$(root ip -6 addr show dev eth0 scope link </dev/null)" ]; }
 wait_for 5 link_local || failed "eth0 has no link-local address"
+if command -v qemu-system-x86_64 >/dev/null; then copy_qemu >"$LOGS/box-qemu.log" 2>&1 || failed "QEMU in the box"; fi
 files >"$LOGS/files.before"; network >"$LOGS/network.before"
 
 # ---- install
 copy_in() {
   tar -C "$ROOT" --exclude=./target --exclude=./.git -c . | nsenter -t "$leader" -a sh -c 'mkdir -p /run/src && tar -x -C /run/src --no-same-owner'
-  tar -C "$bin" -c proxyvpnd proxyctl | nsenter -t "$leader" -a sh -c 'mkdir -p /run/src/bin && tar -x -C /run/src/bin --no-same-owner'
+  tar -C "$bin" -c proxyvpnd proxyctl proxyvpn-qemu | nsenter -t "$leader" -a sh -c 'mkdir -p /run/src/bin && tar -x -C /run/src/bin --no-same-owner'
 }
 check "the sources are in the box" copy_in
 if ! check "install.sh" root /run/src/scripts/install.sh --bin-dir /run/src/bin; then summary; exit 1; fi
 check "install.sh again changes nothing and succeeds" root /run/src/scripts/install.sh --quiet --bin-dir /run/src/bin
-user_made() { root sh -c 'id proxyvpn && [ "$(stat -c "%a %U" /etc/proxyvpn/profiles.d)" = "755 root" ]'; }
-check "its user and folder are there" user_made
+user_made() { root sh -c 'id proxyvpn && id proxyvpn-qemu && [ "$(stat -c "%a %U" /etc/proxyvpn/profiles.d)" = "755 root" ]'; }
+check "its users and folder are there" user_made
 
 # ---- activation
 not_running() { [ "$(root systemctl is-active proxyvpnd.service </dev/null)" = inactive ]; }
@@ -92,6 +96,9 @@ score() {
 }
 check "systemd-analyze security gives 2.0 or better" score
 check "systemctl enable --now" root systemctl enable --now proxyvpnd.service
+
+# ---- QEMU's unit
+qemu_checks
 
 # ---- polkit rules by group
 profiles() {

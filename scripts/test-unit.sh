@@ -31,7 +31,7 @@ done
 
 if command -v shellcheck >/dev/null; then check "shellcheck" shellcheck -x -P . scripts/*.sh .ci/run
 else skipped "shellcheck" "shellcheck is not installed"; fi
-python_files() { python3 - scripts/*.py tests/e2e/*.py tests/leaks/*.py bench/*.py <<'PY'
+python_files() { python3 - scripts/*.py tests/e2e/*.py tests/leaks/*.py tests/system/*.py bench/*.py <<'PY'
 import ast, sys
 for name in sys.argv[1:]:
     ast.parse(open(name, encoding="utf-8").read(), name)
@@ -56,10 +56,13 @@ if as_builder env PATH="$PATH" cargo deny --version >/dev/null 2>&1; then check 
 else skipped "cargo deny" "cargo-deny is not installed (licences and sources are checked above)"; fi
 if command -v systemd-analyze >/dev/null; then
   unit_syntax() { # only what is wrong with the file itself: the program is not installed here
-    local dir; dir=$(mktemp -d); sed 's#/usr/libexec/proxyvpn/proxyvpnd#/bin/true#' systemd/proxyvpnd.service >"$dir/proxyvpnd.service"
-    systemd-analyze verify --man=no "$dir/proxyvpnd.service" 2>"$dir/log"; cat "$dir/log"; ! grep -q proxyvpnd.service: "$dir/log"
+    local dir unit units=(); dir=$(mktemp -d)
+    for unit in systemd/*.service systemd/*.socket; do
+      unit=${unit##*/}; sed 's#/usr/libexec/proxyvpn/proxyvpn[a-z-]*#/bin/true#' "systemd/$unit" >"$dir/$unit"; units+=("$dir/${unit/@/@test}")
+    done
+    systemd-analyze verify --man=no "${units[@]}" 2>"$dir/log"; cat "$dir/log"; ! grep -q 'proxyvpn[^ ]*:' "$dir/log"
     local status=$?; rm -rf "$dir"; return $status
   }
-  check "systemd unit" unit_syntax
-else skipped "systemd unit" "systemd-analyze is not installed"; fi
+  check "systemd units" unit_syntax
+else skipped "systemd units" "systemd-analyze is not installed"; fi
 summary

@@ -128,3 +128,20 @@ fn take_connection() -> io::Result<OwnedFd> {
     rustix::stdio::dup2_stdin(File::open("/dev/null")?)?;
     Ok(connection)
 }
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory as _;
+
+    use super::*;
+
+    #[test]
+    fn the_manual_page_has_every_option_and_no_other() {
+        let page = include_str!("../../../docs/man/proxyvpn-qemu.8");
+        let told = page.lines().filter_map(|line| line.strip_prefix(".It Fl -")?.split(' ').next());
+        let command = Args::command();
+        let known: Vec<&str> =
+            command.get_arguments().filter(|arg| !arg.is_hide_set()).filter_map(clap::Arg::get_long).collect();
+        assert_eq!(told.collect::<Vec<_>>(), known);
+    }
+}
