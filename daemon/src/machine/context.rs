@@ -134,6 +134,8 @@ pub(super) struct Context<W, I> {
     pub(super) view: Shown,
     /// What is not as it should be for as long as the daemon runs.
     standing: Vec<HealthItem>,
+    /// What people should know about the settings of what is wanted.
+    notes: Vec<HealthItem>,
     /// What could not be undone, or not be closed: it stays so, whatever is tried meanwhile, until the next time.
     pub(super) unsettled: Vec<HealthItem>,
     pub(super) lockdown: Lock,
@@ -160,7 +162,7 @@ impl<W: World, I: Inspector> Context<W, I> {
         let (held, ready) = (VecDeque::new(), VecDeque::new());
         let orders = Orders { commands, held, ready, shutdown, stopping: false, inspector };
         let lockdown = Lock { files, on: false, holds: false, health: Vec::new() };
-        Self { world, orders, intent, view: Shown(view), standing, unsettled: Vec::new(), lockdown }
+        Self { world, orders, intent, view: Shown(view), standing, notes: Vec::new(), unsettled: Vec::new(), lockdown }
     }
 
     /// Whether nothing may leave without a connection.
@@ -270,7 +272,14 @@ impl<W: World, I: Inspector> Context<W, I> {
     pub(super) fn enter(&mut self, state: State, reason: Reason, request: Option<&Request>) {
         self.orders.release();
         let (facts, bootstrap) = (self.world.facts(), self.world.bootstrap().borrow().clone());
+        let told =
+            |request: &Request| request.profile.notes().into_iter().map(|note| item("settings", "warning", note));
+        self.notes = request.map(|request| told(request).collect()).unwrap_or_default();
+        let notes = self.notes.clone();
         self.view.0.send_modify(|view| {
+            // At once, so that who waits for the new state is warned.
+            view.health.retain(|item| item.code != "settings");
+            view.health.extend(notes);
             if view.state != state {
                 view.since = now();
             }
@@ -338,7 +347,8 @@ impl<W: World, I: Inspector> Context<W, I> {
 
     /// Shows what is not as it should be.
     pub(super) fn health(&mut self, found: Vec<HealthItem>) {
-        let health: Vec<_> = self.standing.iter().chain(&self.lockdown.health).cloned().chain(found).collect();
+        let known = self.standing.iter().chain(&self.lockdown.health);
+        let health: Vec<_> = known.cloned().chain(found).chain(self.notes.iter().cloned()).collect();
         self.view.0.send_if_modified(|view| {
             let changed = view.health != health;
             view.health = health;

@@ -391,6 +391,27 @@ fn connects_and_disconnects() {
 }
 
 #[test]
+fn the_price_of_the_settings_is_told_with_the_state_and_goes_with_it() {
+    run(async {
+        let mut rig = Rig::start(Script::default(), None, None);
+        rig.at_rest().await;
+        let text = "backend = \"torvm\"\n[torvm]\nexit-country = \"de\"\n";
+        let mut request = request();
+        request.profile.torvm = crate::config::parse::profile("tor", "tor.toml", text).unwrap().torvm;
+        let (reply, answer) = oneshot::channel();
+        rig.handle.commands.send(Command::Connect(Box::new(request), reply)).await.unwrap();
+        answer.await.unwrap().unwrap();
+        rig.until(State::Connected).await;
+        let health = rig.handle.view.borrow().health.clone();
+        assert!(health.iter().any(|item| item.code == "settings" && item.text.contains("{de}")), "{health:?}");
+        rig.disconnect().await.unwrap();
+        rig.until(State::Disconnected).await;
+        let health = rig.handle.view.borrow().health.clone();
+        assert!(health.iter().all(|item| item.code != "settings"), "{health:?}");
+    });
+}
+
+#[test]
 fn a_wrong_upstream_costs_nothing() {
     for phase in [Phase::CheckPrivileges, Phase::ResolveUpstream, Phase::ProbeUpstream] {
         run(async move {
