@@ -10,7 +10,7 @@ use tokio::sync::{mpsc, oneshot, watch};
 use super::intent::IntentFile;
 use super::lockdown::{Lockdown, LockdownFiles};
 use super::world::{Inspector, World};
-use super::{Command, Failure, Request, View};
+use super::{Command, Ending, Failure, Request, View};
 use crate::config::check;
 use crate::config::profile::{Backend, Profile};
 
@@ -117,6 +117,14 @@ impl<I: Inspector> Orders<I> {
 pub(super) struct Shown(watch::Sender<View>);
 
 impl Shown {
+    /// What of the end begins.
+    fn ending(&self, ending: Ending) {
+        self.0.send_modify(|view| {
+            view.phase = ending.as_str();
+            ending.summary().clone_into(&mut view.progress.summary);
+        });
+    }
+
     /// How far Tor is; `percent` of the attempt.
     pub(super) fn bootstrap(&self, bootstrap: Bootstrap, percent: u32) {
         self.0.send_modify(|view| {
@@ -249,13 +257,13 @@ impl<W: World, I: Inspector> Context<W, I> {
     pub(super) fn rest(&mut self) -> (impl Future<Output = Vec<HealthItem>>, &mut Orders<I>) {
         // A daemon that ends leaves the lock alone, if that holds.
         let closed = self.lockdown.on && !(self.orders.stopping && self.lockdown.holds);
-        let Self { world, orders, .. } = self;
+        let Self { world, orders, view, .. } = self;
         let rest = async move {
             if closed {
                 let blocked = world.block(None).await;
                 return blocked.err().map(|failure| open(&failure)).into_iter().collect();
             }
-            world.tear_down().await.into_iter().map(not_undone).collect()
+            world.tear_down(&|ending| view.ending(ending)).await.into_iter().map(not_undone).collect()
         };
         (rest, orders)
     }

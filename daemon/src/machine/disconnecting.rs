@@ -8,7 +8,7 @@ use proxyvpn_dbus::types::{Reason, State};
 use super::context::{Context, Order, Reply, accept, busy};
 use super::disconnected::Disconnected;
 use super::world::{Inspector, World};
-use super::{Request, Stage};
+use super::{Ending, Request, Stage};
 
 pub(super) struct Disconnecting {
     pub(super) reason: Reason,
@@ -39,10 +39,10 @@ impl Disconnecting {
             }
             "Closing the network"
         } else {
-            "Giving the network back"
+            Ending::RestoreNetwork.summary()
         };
         context.enter(State::Disconnecting, reason.clone(), None);
-        context.progress("restore-network", 0, summary);
+        context.progress(Ending::RestoreNetwork.as_str(), 0, summary);
         // The first who wants to connect again gets it when this is done: a call that starts the daemon comes this early.
         let mut next: Option<(Box<Request>, Reply)> = None;
         context.unsettled = {

@@ -41,7 +41,7 @@ use disconnecting::Disconnecting;
 pub use failure::Failure;
 use intent::{Intent, IntentFile};
 use lockdown::LockdownFiles;
-pub use phase::Phase;
+pub use phase::{Ending, Phase};
 use world::World;
 
 /// Commands that may wait; more are refused by the service.

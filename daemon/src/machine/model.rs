@@ -15,7 +15,7 @@ use super::intent::IntentFile;
 use super::lockdown::LockdownFiles;
 use super::tests::profile;
 use super::world::{Facts, Fault, Inspector, World};
-use super::{Command, Failure, Handle, Machine, Phase, Request};
+use super::{Command, Ending, Failure, Handle, Machine, Phase, Request};
 use crate::net::Stage;
 use crate::net::Step;
 use crate::net::desired::Desired;
@@ -229,7 +229,7 @@ impl World for Double {
         Ok(Vec::new())
     }
 
-    async fn tear_down(&mut self) -> Vec<String> {
+    async fn tear_down(&mut self, _: &dyn Fn(Ending)) -> Vec<String> {
         self.shared.stop_engine();
         self.desired = None;
         let mut steps = self.shared.kernel.borrow().plan_removal();

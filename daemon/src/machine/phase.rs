@@ -152,3 +152,36 @@ impl Phase {
         }
     }
 }
+
+/// A phase of `disconnecting`, published as it passes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Ending {
+    /// The virtual machine powers off. Nothing leaves meanwhile.
+    Shutdown,
+    /// The network becomes what it was.
+    RestoreNetwork,
+    /// Caches and records of what is over.
+    CleanUp,
+}
+
+impl Ending {
+    /// The name on the bus.
+    #[must_use]
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Shutdown => "shutdown",
+            Self::RestoreNetwork => "restore-network",
+            Self::CleanUp => "cleanup",
+        }
+    }
+
+    /// What is being done, for people.
+    #[must_use]
+    pub const fn summary(self) -> &'static str {
+        match self {
+            Self::Shutdown => "Shutting the virtual machine down",
+            Self::RestoreNetwork => "Giving the network back",
+            Self::CleanUp => "Clearing up",
+        }
+    }
+}

@@ -14,7 +14,7 @@ use tokio::sync::{Notify, oneshot, watch};
 use super::intent::{Intent, IntentFile};
 use super::lockdown::{Lockdown, LockdownFiles};
 use super::world::{Facts, Fault, Inspector, World};
-use super::{Command, Failure, Handle, Machine, Phase, Request, View};
+use super::{Command, Ending, Failure, Handle, Machine, Phase, Request, View};
 use crate::config::profile::{Backend, DnsSpec, Profile, ProtectSpec, Scheme, TunSpec, UpstreamSpec};
 
 /// A profile that passes all checks.
@@ -150,7 +150,7 @@ impl World for Double {
         if take_one(&self.0.lock_fails) { Err(failure()) } else { Ok(self.0.lock_health.lock().unwrap().clone()) }
     }
 
-    async fn tear_down(&mut self) -> Vec<String> {
+    async fn tear_down(&mut self, _: &dyn Fn(Ending)) -> Vec<String> {
         self.0.calls.lock().unwrap().push("tear-down".to_owned());
         seen().await;
         self.0.leftovers.lock().unwrap().clone()

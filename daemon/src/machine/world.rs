@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use proxyvpn_dbus::types::{Bootstrap, Check, Circuit, Flow, HealthItem, PlanStep};
 use tokio::sync::watch;
 
-use super::{Failure, Phase, Request};
+use super::{Ending, Failure, Phase, Request};
 
 /// The effects of a backend.
 #[allow(async_fn_in_trait, reason = "the machine runs on the thread that drives it, so nothing here need be Send")]
@@ -24,7 +24,8 @@ pub trait World {
     /// not; or takes it away. What is applied is changed with it. Idempotent. What falls short is in the answer.
     async fn lock(&mut self, on: bool) -> Result<Vec<HealthItem>, Failure>;
     /// Takes everything away but the lock; what could not be undone is in the answer, one line each.
-    async fn tear_down(&mut self) -> Vec<String>;
+    /// `begins` is told what begins.
+    async fn tear_down(&mut self, begins: &dyn Fn(Ending)) -> Vec<String>;
     /// How far Tor is, as it changes; the default without one.
     fn bootstrap(&self) -> watch::Receiver<Bootstrap>;
     /// What the view shows of the running connection.

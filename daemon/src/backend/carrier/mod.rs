@@ -35,7 +35,7 @@ use super::shortage::Shortages;
 use super::{caches, upstream};
 use crate::config::profile::{Backend, Scheme, TunSpec};
 use crate::machine::world::{Facts, Fault, Inspector, World};
-use crate::machine::{Failure, Phase, Request};
+use crate::machine::{Ending, Failure, Phase, Request};
 use crate::net::desired::{Desired, Locked, Tunnel};
 use crate::net::{self, Keep, Keeping, Network, Owned, Stage};
 use crate::resolvers::Resolvers;
@@ -534,13 +534,17 @@ impl World for Carrier {
         Ok(Vec::new())
     }
 
-    async fn tear_down(&mut self) -> Vec<String> {
+    async fn tear_down(&mut self, begins: &dyn Fn(Ending)) -> Vec<String> {
         self.stop_engine().await;
+        if self.guest.is_some() {
+            begins(Ending::Shutdown);
+        }
         // While nothing can leave: what Tor has to write reaches its disk.
         self.end_vm();
         if let Some(ending) = self.ending.take() {
             let _ = ending.await;
         }
+        begins(Ending::RestoreNetwork);
         self.held.clear();
         self.desired = None;
         self.connector = None;
@@ -552,6 +556,7 @@ impl World for Carrier {
         match self.network().await {
             Ok(network) => {
                 let done = network.clean_up(Owned::Unexpected).await;
+                begins(Ending::CleanUp);
                 if !done.removed.is_empty() {
                     caches::flush(&bus).await;
                 }
