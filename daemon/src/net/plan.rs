@@ -173,14 +173,12 @@ fn rules(observed: &Observed, desired: &Desired) -> Vec<Rule> {
         for user in &exceptions.users {
             rules.push(Rule { users: Some((*user, *user)), ..any(family, 1) });
         }
-        let steered = |protocol, priority| Rule {
-            protocol: Some(protocol),
-            verdict: Verdict::Lookup(TABLE),
-            ..any(family, priority)
-        };
         if desired.steer_dns {
-            // A local network often has the resolver that would be told every name.
-            rules.extend([UDP, TCP].map(|protocol| Rule { ports: Some((53, 53)), ..steered(protocol, 2) }));
+            // A local network often has the resolver that would be told every name. While all is blocked a firewall that lets local
+            // networks through would let it into the device that holds the tunnel's place.
+            let verdict = if desired.tunnel.is_some() { Verdict::Lookup(TABLE) } else { Verdict::Unreachable };
+            let port = |protocol| Rule { protocol: Some(protocol), ports: Some((53, 53)), verdict, ..any(family, 2) };
+            rules.extend([UDP, TCP].map(port));
         }
         for net in exceptions.lan.iter().filter(|net| Family::of(net) == family) {
             // The kernel drops a prefix that matches everything.
@@ -203,7 +201,8 @@ fn rules(observed: &Observed, desired: &Desired) -> Vec<Rule> {
         // Where the main table has no way for the daemon's own connections, the tunnel is none: they would come back to it.
         let marked = Some((MARK, u32::MAX));
         rules.push(Rule { mark: marked, verdict: Verdict::Unreachable, ..any(family, RULE_PRIORITIES - 2) });
-        rules.push(steered(TCP, RULE_PRIORITIES - 1));
+        let verdict = Verdict::Lookup(TABLE);
+        rules.push(Rule { protocol: Some(TCP), verdict, ..any(family, RULE_PRIORITIES - 1) });
     }
     // The kernel would take a rule twice and give it back twice.
     let mut unique: Vec<Rule> = Vec::with_capacity(rules.len());
@@ -448,7 +447,16 @@ rule add -6 priority 3731 ipproto tcp lookup 7376750 protocol 112
         // DNS has no other way while there is no device.
         let (connected, blocked) = (observed.clone(), Desired { tunnel: None, ..desired.clone() });
         let steps = plan(&observed, &blocked);
-        let gone = "rule remove priority 3700 to 10.10.10.1/32 lookup 7376750 protocol 112
+        let gone = "\
+rule add priority 3702 ipproto udp dport 53 unreachable protocol 112
+rule add priority 3702 ipproto tcp dport 53 unreachable protocol 112
+rule add -6 priority 3702 ipproto udp dport 53 unreachable protocol 112
+rule add -6 priority 3702 ipproto tcp dport 53 unreachable protocol 112
+rule remove priority 3700 to 10.10.10.1/32 lookup 7376750 protocol 112
+rule remove priority 3702 ipproto udp dport 53 lookup 7376750 protocol 112
+rule remove priority 3702 ipproto tcp dport 53 lookup 7376750 protocol 112
+rule remove -6 priority 3702 ipproto udp dport 53 lookup 7376750 protocol 112
+rule remove -6 priority 3702 ipproto tcp dport 53 lookup 7376750 protocol 112
 route remove default via 10.10.10.1 dev tap0 onlink table 7376750 proto 112 metric 1
 ";
         assert_eq!(text(&steps), gone);

@@ -105,6 +105,36 @@ fn the_next_daemon_goes_on_with_the_device() {
 
 #[test]
 #[ignore = "needs root and makes network namespaces"]
+fn the_next_daemon_goes_on_with_a_device_of_the_same_kind_alone() {
+    let world = World::new();
+    world.host.run_async(async || {
+        let (plain, store) = (desired().tunnel.unwrap(), Arc::new(Store::default()));
+        let routed = crate::router::tunnel("pvpn0");
+        let mut first = daemon(&world, &store).await;
+        let fds = first.create_tunnel(&routed, 1).await.unwrap();
+        let before = index();
+        drop((first, fds));
+        let mut second = daemon(&world, &store).await;
+        assert!(second.has_tunnel(&routed, 1).await.unwrap());
+        assert!(!second.has_tunnel(&plain, 1).await.unwrap());
+        let fds = second.create_tunnel(&routed, 1).await.unwrap();
+        assert_eq!((index(), fds.len(), store.all().len()), (before.clone(), 1, 1), "the same device, kept as before");
+        drop((second, fds));
+        for (tunnel, kind) in [(&plain, "type tun"), (&routed, "type tap")] {
+            let mut next = daemon(&world, &store).await;
+            assert!(!next.has_tunnel(tunnel, 1).await.unwrap());
+            let fds = next.create_tunnel(tunnel, 1).await.unwrap();
+            assert!(index() != before && sh("ip -d link show pvpn0").contains(kind), "{kind}");
+            drop((next, fds));
+        }
+        let mut last = daemon(&world, &store).await;
+        assert!(last.clean_up(Owned::Unexpected).await.errors.is_empty());
+        assert_eq!((index(), store.all().len()), (String::new(), 0));
+    });
+}
+
+#[test]
+#[ignore = "needs root and makes network namespaces"]
 fn without_a_store_it_goes_with_the_daemon() {
     let world = World::new();
     world.host.run_async(async || {

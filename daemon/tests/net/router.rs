@@ -26,7 +26,12 @@ const CONTROL: Control = Control { port: 9051, user: 990 };
 const AT_ONCE: Duration = Duration::from_millis(300);
 const PATIENCE: Duration = Duration::from_millis(700);
 
-fn tunnel(name: &str, own: (Ipv4Addr, [u8; 6]), other: (Ipv4Addr, [u8; 6])) -> Tunnel {
+/// The host's device.
+pub(crate) fn tunnel(name: &str) -> Tunnel {
+    between(name, (OWN, OWN_MAC), (ROUTER, ROUTER_MAC))
+}
+
+fn between(name: &str, own: (Ipv4Addr, [u8; 6]), other: (Ipv4Addr, [u8; 6])) -> Tunnel {
     let gateway = Gateway { address: other.0, mac: other.1, own_mac: own.1, control: CONTROL };
     let v4 = ipnet::Ipv4Net::new(own.0, 30).unwrap();
     Tunnel { name: name.to_owned(), v4, v6: None, mtu: 1500, gateway: Some(gateway) }
@@ -34,7 +39,7 @@ fn tunnel(name: &str, own: (Ipv4Addr, [u8; 6]), other: (Ipv4Addr, [u8; 6])) -> T
 
 fn routed() -> Desired {
     let mut desired = desired();
-    desired.tunnel = Some(tunnel("tap0", (OWN, OWN_MAC), (ROUTER, ROUTER_MAC)));
+    desired.tunnel = Some(tunnel("tap0"));
     desired.guarded = vec![OWN.into()];
     // The router's own network, too.
     desired.exceptions.lan.push("10.0.0.0/8".parse().unwrap());
@@ -57,7 +62,7 @@ impl Router {
     /// Behind the host's device.
     fn new(world: &World, host: &OwnedFd) -> Self {
         let space = Namespace::new();
-        let other = tunnel("g0", (ROUTER, ROUTER_MAC), (OWN, OWN_MAC));
+        let other = between("g0", (ROUTER, ROUTER_MAC), (OWN, OWN_MAC));
         let guest =
             space.run_async(async || open(&world.state).await.create_tunnel(&other, 1).await.unwrap().pop().unwrap());
         space.run(|| {
@@ -513,6 +518,57 @@ fn what_others_change_of_the_device_is_put_back() {
         drop(fds);
         assert!(network.clean_up(Owned::Unexpected).await.errors.is_empty());
         assert_eq!(snapshot(), untouched);
+    });
+}
+
+#[test]
+#[ignore = "needs root and makes network namespaces"]
+fn without_a_router_nothing_has_a_way() {
+    let world = World::new();
+    uplink(&world);
+    world.host.run_async(async || {
+        for (killswitch, held) in [(true, false), (true, true), (false, false)] {
+            let name = format!("kill switch: {killswitch}, held: {held}");
+            let mut network = open(&world.state).await;
+            let wanted = Desired { killswitch, ..routed() };
+            let blocked = Desired { tunnel: None, ..wanted.clone() };
+            let fds = connect(&mut network, &wanted).await;
+            // The device goes first, as when somebody removes it.
+            for closed in [false, true] {
+                if closed {
+                    network.apply(Stage::Firewall, &blocked).await.unwrap();
+                    network.apply(Stage::Routes, &blocked).await.unwrap();
+                } else {
+                    sh("ip link del tap0");
+                }
+                let placeholder = if closed && held {
+                    let placeholder = network.hold(wanted.tunnel.as_ref().unwrap()).await.unwrap();
+                    network.apply(Stage::Routes, &blocked).await.unwrap();
+                    assert!(sh("ip route show table 7376750").contains("dev tap0"), "{name}");
+                    placeholder
+                } else {
+                    vec![]
+                };
+                let before = uplink(&world);
+                for to in ["203.0.113.9:443", "[2001:db8:9::9]:443", "9.9.9.9:53"] {
+                    at_once(say(to.parse::<SocketAddr>().unwrap(), None), &format!("{name}, {closed}: TCP to {to}"));
+                }
+                for to in ["9.9.9.9:53", "192.0.2.65:53", "[2001:db8:9::9]:53"] {
+                    at_once(ask(to, true), &format!("{name}, {closed}: UDP to {to}"));
+                }
+                assert_eq!(uplink(&world), before, "{name}, {closed}");
+                let mut frame = vec![0; 70_000];
+                let waiting = placeholder.iter().any(|fd| rustix::io::read(fd, &mut frame).is_ok());
+                assert!(!waiting, "{name}: nothing is in the placeholder");
+            }
+            // Anti-test: without the rules DNS leaves.
+            sh("nft delete table inet proxyvpn; nft delete table netdev proxyvpn 2>/dev/null || true; ip rule del priority 3702; ip rule del priority 3702");
+            let before = uplink(&world);
+            ask("9.9.9.9:53", true).unwrap_err();
+            assert!(uplink(&world) > before, "{name}");
+            drop(fds);
+            network.clean_up(Owned::Unexpected).await;
+        }
     });
 }
 
