@@ -6,12 +6,14 @@
 //! - [`command`]: its command line
 //! - [`run`]: one QEMU, from the request to its end
 //! - [`console`]: hostile text made fit for a journal
+//! - [`filter`]: system calls that nobody here needs
 //! - [`listen`], [`isolate`]: what systemd does, for machines without it
 //! - [`sys`]: system calls without a safe interface
 
 mod check;
 mod command;
 mod console;
+mod filter;
 mod isolate;
 mod listen;
 mod program;

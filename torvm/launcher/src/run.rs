@@ -19,7 +19,7 @@ use rustix::thread::{capabilities, set_no_new_privs};
 
 use crate::console::Console;
 use crate::program::{self, Program};
-use crate::{check, command, receive, sys};
+use crate::{check, command, filter, receive, sys};
 
 /// From SIGTERM to SIGKILL.
 const PATIENCE: Duration = Duration::from_secs(2);
@@ -37,6 +37,8 @@ pub(crate) enum Error {
     Privileged,
     #[error("the launcher cannot give up what it does not need")]
     Harden(#[source] Errno),
+    #[error("there is no filter of system calls")]
+    Filter(#[from] filter::Error),
     #[error("the request is refused")]
     Request(#[from] receive::Error),
     #[error("a descriptor is refused")]
@@ -74,6 +76,7 @@ fn start(connection: &OwnedFd, qemu: Option<&Path>) -> Result<Running, Error> {
     harden()?;
     let (request, fds) = receive::receive(connection)?;
     check::all(&fds)?;
+    filter::apply()?;
     if request.accelerator == Accelerator::Kvm {
         std::fs::File::options().read(true).write(true).open("/dev/kvm").map_err(Error::Kvm)?;
     }

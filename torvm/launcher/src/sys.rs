@@ -49,3 +49,12 @@ pub(crate) fn confine(command: &mut Command, keep: Vec<RawFd>, limits: Vec<(Reso
     // SAFETY: between fork and exec the closure makes system calls on what it owns; it does not allocate and takes no lock.
     unsafe { command.pre_exec(prepare) };
 }
+
+/// The error with which an ioctl is refused.
+#[cfg(test)]
+pub(crate) fn refused(file: &std::fs::File, request: libc::Ioctl) -> Option<i32> {
+    let mut argument = [0u64; 8];
+    // SAFETY: the requests of the tests read at most an int or an ifreq, for which there is room.
+    let result = unsafe { libc::ioctl(file.as_raw_fd(), request as _, &raw mut argument) };
+    if result < 0 { io::Error::last_os_error().raw_os_error() } else { None }
+}
