@@ -139,6 +139,7 @@ impl World for Double {
     }
 
     async fn health(&mut self) -> Vec<HealthItem> {
+        seen().await;
         self.0.health.lock().unwrap().clone()
     }
 
