@@ -119,7 +119,7 @@ impl Launcher {
             match receive(self.as_fd()) {
                 Ok(Some(Reply::Started { .. })) => {}
                 Ok(Some(Reply::Failed { cause } | Reply::Ended { cause })) => return Err(cause),
-                Ok(None) => return Err("its launcher is gone".to_owned()),
+                Ok(None) => return Err("QEMU's launcher is gone".to_owned()),
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(()),
                 Err(error) => return Err(error.to_string()),

@@ -9,6 +9,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use proxyvpn_torvm::channel::{Order, Status};
 use proxyvpn_torvm::config::GuestConfig;
 use proxyvpn_torvm::launch::{Accelerator, Reply, Request};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use tokio::net::UnixStream;
 use tokio::time::{Instant, sleep_until, timeout};
 
@@ -27,6 +28,9 @@ const BOOT_TIME: Duration = Duration::from_secs(60);
 const ANSWER_TIME: Duration = Duration::from_secs(2);
 /// How long the last words may take when the end is known.
 const LAST_WORDS: Duration = Duration::from_secs(2);
+
+/// How long the launcher may take to end a QEMU that does not end by itself.
+const KILL_TIME: Duration = Duration::from_secs(4);
 
 /// What is started.
 #[derive(Debug)]
@@ -73,15 +77,16 @@ impl Kept {
     /// Names in the service manager's store.
     pub const NAMES: [&'static str; 3] = ["vm-launcher", "vm-qmp", "vm-channel"];
 
-    #[cfg(test)]
-    pub(super) const fn new(launcher: OwnedFd, qmp: OwnedFd, channel: OwnedFd) -> Self {
+    /// From descriptors in the order of [`NAMES`](Self::NAMES).
+    #[must_use]
+    pub fn new([launcher, qmp, channel]: [OwnedFd; 3]) -> Self {
         Self { launcher, qmp, channel }
     }
 
     /// From what an earlier process left, if all of it is there.
     pub fn take(inherited: &mut Inherited) -> Option<Self> {
         let [launcher, qmp, channel] = Self::NAMES.map(|name| inherited.named(name));
-        Some(Self { launcher: launcher?, qmp: qmp?, channel: channel? })
+        Some(Self::new([launcher?, qmp?, channel?]))
     }
 }
 
@@ -215,6 +220,11 @@ impl Vm {
         rustix::io::ioctl_fionbio(&kept.launcher, true).map_err(|errno| errno.to_string())?;
         let launcher = Launcher::new(kept.launcher).map_err(told)?;
         launcher.running()?;
+        // What the launcher said may have been read by an earlier process.
+        let mut ends = [PollFd::new(&kept.qmp, PollFlags::empty())];
+        if poll(&mut ends, Some(&Timespec::default())).is_ok_and(|hung_up| hung_up > 0) {
+            return Err("QEMU has closed its connections".to_owned());
+        }
         let qmp = Qmp::new(stream(kept.qmp.into()).map_err(told)?, true);
         let channel = Channel::new(stream(kept.channel.into()).map_err(told)?, true);
         Ok(Self::new(launcher, qmp, channel, None))
@@ -266,8 +276,8 @@ impl Vm {
                 reply = self.launcher.recv(), if self.end.cause.is_none() => match reply {
                     Ok(Some(Reply::Ended { cause } | Reply::Failed { cause })) => self.ends(Some(cause)),
                     Ok(Some(Reply::Started { .. })) => {}
-                    Ok(None) => self.ends(Some("its launcher ended without a word".to_owned())),
-                    Err(error) => self.ends(Some(format!("the connection to its launcher broke: {error}"))),
+                    Ok(None) => self.ends(Some("QEMU's launcher ended without a word".to_owned())),
+                    Err(error) => self.ends(Some(format!("the connection to QEMU's launcher broke: {error}"))),
                 },
                 told = self.qmp.next() => if let Some(event) = self.told(told) {
                     return event;
@@ -380,7 +390,9 @@ impl Vm {
         self.qmp.quit();
         if timeout(ANSWER_TIME, self.wait_end()).await.is_err() {
             self.launcher.end();
-            if timeout(LAST_WORDS, self.wait_end()).await.is_err() {
+            self.end.until = Some(Instant::now() + KILL_TIME);
+            self.wait_end().await;
+            if !self.qmp.over() {
                 tracing::warn!("QEMU does not end");
             }
         }
@@ -410,7 +422,7 @@ impl End {
             Self { shutdown: Some(reason), .. } if reason == "guest-reset" => {
                 "the guest started anew, as after a panic of its kernel".to_owned()
             }
-            Self { cause: Some(cause), .. } => format!("QEMU has ended: {cause}"),
+            Self { cause: Some(cause), .. } => cause.clone(),
             _ => "QEMU has closed its connections".to_owned(),
         }
     }

@@ -85,8 +85,7 @@ fn running() -> (Vm, Qemu) {
     let (qmp, its_qmp) = UnixStream::pair().unwrap();
     let (channel, its_channel) = UnixStream::pair().unwrap();
     let kept = [launcher, qmp.into_std().unwrap().into(), channel.into_std().unwrap().into()];
-    let [launcher, qmp, channel] = kept;
-    let vm = Vm::adopt(Kept::new(launcher, qmp, channel)).unwrap();
+    let vm = Vm::adopt(Kept::new(kept)).unwrap();
     (vm, Qemu { request: None, launcher: its, qmp: BufReader::new(its_qmp), channel: its_channel, rest: vec![] })
 }
 
@@ -340,8 +339,8 @@ async fn its_end_is_told_once_with_its_cause() {
         event
     }
     let ended = |cause: &str| Event::Ended(cause.to_owned());
-    assert_eq!(play(async |qemu: Qemu| qemu.ended("signal 9")).await, ended("QEMU has ended: signal 9"));
-    assert_eq!(play(async |qemu: Qemu| drop(qemu)).await, ended("QEMU has ended: its launcher ended without a word"));
+    assert_eq!(play(async |qemu: Qemu| qemu.ended("signal 9")).await, ended("signal 9"));
+    assert_eq!(play(async |qemu: Qemu| drop(qemu)).await, ended("QEMU's launcher ended without a word"));
     let off = async |mut qemu: Qemu| {
         qemu.say(&Status::Off { cause: "tor has ended".to_owned() }).await;
         qemu.tell(r#"{"event":"SHUTDOWN","data":{"guest":true,"reason":"guest-shutdown"}}"#).await;
@@ -377,7 +376,7 @@ async fn powering_down_tells_a_clean_end_from_a_forced_one() {
 
     let (vm, qemu) = running();
     let (down, ()) = tokio::join!(vm.power_down(Duration::from_secs(5)), async { qemu.ended("signal 9") });
-    assert_eq!(down, PoweredDown::Forced("QEMU has ended: signal 9".into()));
+    assert_eq!(down, PoweredDown::Forced("signal 9".into()));
 
     let (vm, mut qemu) = running();
     let start = Instant::now();
@@ -400,8 +399,7 @@ async fn a_later_process_goes_on_with_it() {
     drop(vm);
     // Half lines, both ways of the streams, and one that waits whole.
     qemu.channel.write_all(b"{\"stat").await.unwrap();
-    let [launcher, qmp, channel] = copies;
-    let mut vm = Vm::adopt(Kept::new(launcher, qmp, channel)).unwrap();
+    let mut vm = Vm::adopt(Kept::new(copies)).unwrap();
     qemu.channel.write_all(b"us\":\"tor\"}\n").await.unwrap();
     qemu.say(&Status::Alive).await;
     let first = vm.event().await;
@@ -410,6 +408,12 @@ async fn a_later_process_goes_on_with_it() {
     let copies = vm.kept().map(|(_, fd)| fd.try_clone_to_owned().unwrap());
     drop(vm);
     qemu.ended("signal 9");
-    let [launcher, qmp, channel] = copies;
-    assert!(Vm::adopt(Kept::new(launcher, qmp, channel)).is_none(), "it has ended meanwhile");
+    assert!(Vm::adopt(Kept::new(copies)).is_none(), "it has ended meanwhile");
+
+    let (vm, qemu) = running();
+    let copies = vm.kept().map(|(_, fd)| fd.try_clone_to_owned().unwrap());
+    drop(vm);
+    let Qemu { launcher: _launcher, qmp, .. } = qemu;
+    drop(qmp);
+    assert!(Vm::adopt(Kept::new(copies)).is_none(), "and its end was told to an earlier process");
 }
