@@ -61,7 +61,7 @@ for name in linux-image-cloud-amd64 linux-image-virtual linux-image-amd64; do
   if show "$name" >/dev/null; then kernel=$name; break; fi
 done
 [ -n "$kernel" ] || die "apt knows no kernel package (apt-get update?)"
-queue=("$kernel" tor tor-geoipdb nftables e2fsprogs)
+queue=("$kernel" tor tor-geoipdb nftables e2fsprogs xz-utils)
 [ -z "$transports" ] || queue+=(obfs4proxy)
 declare -A seen=()
 while [ "${#queue[@]}" -gt 0 ]; do

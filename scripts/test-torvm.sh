@@ -8,12 +8,12 @@
 set -uo pipefail
 # shellcheck source=scripts/common.sh
 . "$(dirname "$0")/common.sh"
-arguments=() bin='' image=''
+only='' bin='' image=''
 while [ $# -gt 0 ]; do case $1 in
   --bin-dir) bin=${2:-}; shift 2 || die "--bin-dir needs a folder" ;;
   --image) image=${2:-}; shift 2 || die "--image needs a folder" ;;
-  --only) arguments+=(--only "${2:-}"); shift 2 || die "--only needs a text" ;;
-  --list) exec /usr/bin/python3 "$ROOT/tests/torvm/run.py" --list ;;
+  --only) only=${2:-}; shift 2 || die "--only needs a text" ;;
+  --list) for runner in boot run; do /usr/bin/python3 "$ROOT/tests/torvm/$runner.py" --list; done; exit ;;
   *) sed -n '2,/^set/{s/^# \{0,1\}//p}' "$0"; exit 2 ;;
 esac; done
 need_root
@@ -29,4 +29,15 @@ if [ -z "$image" ]; then
   image=$(target_dir)/torvm-image
   if ! "$ROOT/scripts/build-torvm-image.sh" --transports --out "$image" >"$LOGS/torvm-image.log" 2>&1; then failed "image"; tail -n 40 "$LOGS/torvm-image.log"; summary; exit 1; fi
 fi
-exec /usr/bin/python3 "$ROOT/tests/torvm/run.py" --logs "$LOGS/torvm" --bin-dir "$bin" --image "$image" "${arguments[@]}"
+# The guest alone, then all of it.
+for runner in boot run; do
+  python=(/usr/bin/python3 "$ROOT/tests/torvm/$runner.py" --only "$only")
+  [ -n "$("${python[@]}" --list)" ] || continue
+  python+=(--image "$image")
+  [ "$runner" = boot ] || python+=(--logs "$LOGS/torvm" --bin-dir "$bin")
+  out=$(mktemp)
+  "${python[@]}" 2>&1 | tee "$out"
+  add_counts "$(tail -n1 "$out")" || failed "$runner.py gave no figures"
+  rm -f "$out"
+done
+summary

@@ -29,7 +29,7 @@ for part in fuzz instructions; do
   add_counts "$(tail -n 1 "$out")" || { failed "scripts/$part.sh gave no figures"; cat "$out"; }
 done
 
-if command -v shellcheck >/dev/null; then check "shellcheck" shellcheck -x -P . scripts/*.sh .ci/run
+if command -v shellcheck >/dev/null; then check "shellcheck" shellcheck -x -P . scripts/*.sh torvm/image/*.sh .ci/run
 else skipped "shellcheck" "shellcheck is not installed"; fi
 python_files() { python3 - scripts/*.py tests/e2e/*.py tests/leaks/*.py tests/system/*.py bench/*.py <<'PY'
 import ast, sys

@@ -1,4 +1,4 @@
-"""Tests of the TorVM's guest without the daemon: boot.py IMAGE [--only TEXT]. Needs QEMU and e2fsprogs, no root and no network. Ends with
+"""Tests of the TorVM's guest without the daemon: boot.py [--image DIR] [--only TEXT] [--list]. Needs QEMU and e2fsprogs, no root and no network. Ends with
 'N passed, N failed, N skipped'."""
 
 import argparse
@@ -109,7 +109,7 @@ def switched_off(place):
 
 
 def make_disk(place, content):
-    subprocess.run(["mke2fs", "-q", "-F", "-t", "ext4", "-d", content, place.state, "64M"], check=True)
+    subprocess.run(["mke2fs", "-q", "-F", "-t", "ext4", "-d", content, place.state, "64M"], stdout=subprocess.DEVNULL, check=True)
 
 
 @test("a damaged file system is repaired")
@@ -347,9 +347,16 @@ def orders(place):
 
 def main():
     parser = argparse.ArgumentParser()
-    parser.add_argument("image")
-    parser.add_argument("--only", default="")
+    target = os.environ.get("CARGO_TARGET_DIR", os.path.join(guest.ROOT, "target"))
+    parser.add_argument("--image", default=os.path.join(target, "torvm-image"), help="of scripts/build-torvm-image.sh --transports")
+    parser.add_argument("--only", default="", help="run tests whose guest.NAME holds this text")
+    parser.add_argument("--list", action="store_true")
     options = parser.parse_args()
+    chosen = [(f"guest.{function.__name__}", function, promise) for function, promise in TESTS if options.only in f"guest.{function.__name__}"]
+    if options.list:
+        for name, _, promise in chosen:
+            print(f"{name}: {promise}")
+        return 0
     needed = ["qemu-system-x86_64", "mke2fs", "e2fsck", "debugfs", "zstd"]
     missing = [tool for tool in needed if not shutil.which(tool)]
     passed = failed = 0
@@ -357,18 +364,16 @@ def main():
         print(f"skipped  the guest alone: {', '.join(missing)} not installed (scripts/setup.sh)")
         print("0 passed, 0 failed, 1 skipped")
         return 0
-    for function, promise in TESTS:
-        if options.only not in function.__name__:
-            continue
+    for name, function, promise in chosen:
         begin = time.monotonic()
         with tempfile.TemporaryDirectory(prefix="torvm-guest-") as folder:
             try:
                 function(Place(os.path.abspath(options.image), folder))
                 passed += 1
-                print(f"ok       {function.__name__}: {promise} ({time.monotonic() - begin:.1f} s)", flush=True)
+                print(f"ok       {name}: {promise} ({time.monotonic() - begin:.1f} s)", flush=True)
             except Exception as error:  # a defect of the test is a failure like any other
                 failed += 1
-                print(f"FAILED   {function.__name__}: {promise}", flush=True)
+                print(f"FAILED   {name}: {promise}", flush=True)
                 print("  | " + (str(error) if isinstance(error, Failed) else traceback.format_exc()).replace("\n", "\n  | "), flush=True)
     print(f"{passed} passed, {failed} failed, 0 skipped")
     return failed > 0 or not passed

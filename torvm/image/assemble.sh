@@ -6,7 +6,7 @@ MODULES=(virtio_pci virtio_console virtio_blk virtio_net virtio-rng qemu_fw_cfg 
   nf_tables nft_ct nft_chain_nat nft_redir nft_reject_inet)
 # Only for processors that have the instructions, and none of ours needs them.
 SKIPPED_MODULES=' crc32c-intel crc32c_intel '
-PROGRAMS=(tor nft mke2fs e2fsck)
+PROGRAMS=(tor nft mke2fs e2fsck xz)
 
 need_tools() {
   local tool missing=()
@@ -16,8 +16,10 @@ need_tools() {
 
 # build_init: the guest's PID 1, static and without a path of this machine in it. Prints where it is.
 build_init() {
-  local target=x86_64-unknown-linux-gnu home
+  local target home
   use_cargo
+  # named, so that the flags are not for programs that run while it is built
+  target=$(as_builder rustc -vV | sed -n 's/^host: //p')
   home=${CARGO_HOME:-$(as_builder printenv HOME)/.cargo}
   RUSTFLAGS="-C target-feature=+crt-static --remap-path-prefix=$(target_dir)=/target --remap-path-prefix=$ROOT=/proxyvpn"
   RUSTFLAGS+=" --remap-path-prefix=$home=/cargo --remap-path-prefix=$(as_builder rustc --print sysroot)=/rust"
@@ -87,7 +89,7 @@ pack() { python3 "$ROOT/torvm/image/cpio.py" "$1" | zstd -q -19 -T1 -c; }
 
 # assemble TREE KERNEL RELEASE PACKAGES OUT [transports]: PACKAGES: a file with lines 'name<TAB>version<TAB>sha256'.
 assemble() {
-  local tree=$1 kernel=$2 release=$3 packages=$4 out=$5 transports=${6:-} work init name
+  local tree=$1 kernel=$2 release=$3 packages=$4 out=$5 transports=${6:-} work init name geoip
   work=$(mktemp -d)
   # shellcheck disable=SC2064 # its value is needed now
   trap "rm -rf '$work'" RETURN
@@ -96,7 +98,9 @@ assemble() {
   mkdir -p "$work/image"/{dev,proc,run,state,sys}
   for name in "${PROGRAMS[@]}"; do add_program "$tree" "$work/image" "$name"; done
   add_modules "$tree" "$work/image" "$release"
-  install -D -m 644 "$(find_in "$tree" geoip usr/share/tor)" "$work/image/usr/share/torvm/geoip"
+  # Packed once more: a third of all that would be unpacked at every start, and few need it.
+  geoip=$(find_in "$tree" geoip usr/share/tor) || exit 1
+  xz -6 -T1 -c "$geoip" | install -D -m 644 /dev/stdin "$work/image/usr/share/torvm/geoip.xz"
   # Names are looked up in /etc/hosts alone.
   install -D -m 644 /dev/stdin "$work/image/etc/nsswitch.conf" <<<'hosts: files'
   mkdir -p "$work/out" "$out"

@@ -80,7 +80,7 @@ fn start(channel: &mut Channel) -> Result<Watch, Error> {
     if let Some(text) = room {
         channel.send(&Status::log("warn", &text));
     }
-    let tor = tor::start(&config)?;
+    let tor = tor::start(&config, channel)?;
     channel.send(&Status::Tor);
     Ok(Watch::new(tor, button))
 }

@@ -12,14 +12,17 @@ use proxyvpn_torvm::config::GuestConfig;
 use proxyvpn_torvm::torrc::{self, GEOIP};
 use rustix::process::{Pid, PidfdFlags, Signal, WaitStatus, kill_process_group, pidfd_open, pidfd_send_signal};
 
+use crate::channel::Channel;
 use crate::error::{Error, While as _};
 use crate::lines::Lines;
+use crate::program;
 
 /// Tor's user and group.
 pub(crate) const UID: u32 = 900;
 /// Tor's folder on the state disk.
 pub(crate) const STATE: &str = "/state/tor";
 const TOR: &str = "/usr/bin/tor";
+const XZ: &str = "/usr/bin/xz";
 const TORRC: &str = "/run/torrc";
 const HOSTS: &str = "/etc/hosts";
 /// Bytes kept of a line of the log.
@@ -38,7 +41,7 @@ pub(crate) struct Tor {
 }
 
 /// Writes its configuration and starts it as its own user.
-pub(crate) fn start(config: &GuestConfig) -> Result<Tor, Error> {
+pub(crate) fn start(config: &GuestConfig, channel: &mut Channel) -> Result<Tor, Error> {
     let mut torrc = torrc::render(config, STATE);
     // Tor's own guess is never below 256 MB, more than the machine may have.
     torrc.push_str(&format!("MaxMemInQueues {} MB\n", queues(memory_mib())));
@@ -47,9 +50,10 @@ pub(crate) fn start(config: &GuestConfig) -> Result<Tor, Error> {
     fs::set_permissions(TORRC, std::os::unix::fs::PermissionsExt::from_mode(0o440))
         .during(format!("close {TORRC} for others"))?;
     fs::write(HOSTS, hosts(config)).during(format!("write {HOSTS}"))?;
-    if !torrc.contains(GEOIP) {
-        // It lies in memory, as all of the image.
-        fs::remove_file(GEOIP).during(format!("remove {GEOIP}"))?;
+    if torrc.contains(GEOIP) {
+        // In the image it is packed: few need it, and it would lie in memory.
+        let packed = format!("{GEOIP}.xz");
+        program::run(XZ, &["-d", &packed], "", || channel.send(&Status::Alive))?.successful(XZ)?;
     }
     let mut child = Command::new(TOR)
         .args(["-f", TORRC, "--defaults-torrc", "/nonexistent", "--ignore-missing-torrc"])
