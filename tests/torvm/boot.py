@@ -18,7 +18,7 @@ import guest  # noqa: E402
 from guest import ACK, CONFIG, GUEST, HOST, ICMP, RST, SYN, TCP, UDP, UPLINK_GATEWAY, UPLINK_GUEST, Failed, Machine  # noqa: E402
 
 TESTS = []
-ALONE = 60  # seconds to Tor's start on a busy machine
+ALONE = 120  # seconds to Tor's start on a busy machine
 # Asks for the address of example.onion.
 ONION = b"\x00\x07\x01\x00\x00\x01\x00\x00\x00\x00\x00\x00\x07example\x05onion\x00\x00\x01\x00\x01"
 SCRIPT = stat.S_IFREG | 0o755
