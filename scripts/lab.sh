@@ -238,7 +238,7 @@ CONF
     --listen-address="$LAB_DNS" --bind-interfaces --user=root --log-queries --log-facility=- --local=/test/ --pid-file=
   sshd_config net; as_daemon sshd "$(command -v sshd)" -D -e -f "$LAB/sshd_net.conf"
   as_daemon web "$LAB_PYTHON" "$ROOT/scripts/lab-web.py" "$LAB/web.pem" "$LAB/web.key" "$LAB/www"
-  [ ! -d "$LAB/tor" ] || as_daemon tornet "$LAB_PYTHON" -B "$ROOT/tests/torvm/tornet.py" "$LAB_TOR_CACHE" "$LAB/tor" "$LAB_WEB" "$LAB_DNS"
+  [ ! -d "$LAB/tor" ] || as_daemon tornet "$LAB_PYTHON" -B "$ROOT/tests/torvm/tornet.py" "$LAB_TOR_CACHE" "$LAB/tor" "$LAB/logs" "$LAB_WEB" "$LAB_DNS"
   up() { listening 22 53 80 443 3128 8888 7 && [ -s "$LAB/wire.pcap" ]; }
   wait_for 15 up || { echo "not all servers listen:"; ss -Htln; tail -n 5 "$LAB"/logs/*.log; : >"$LAB/net.failed"; exit 1; }
   : >"$LAB/net.ready"
@@ -274,7 +274,7 @@ RULES
   install -m 600 -o alice "$LAB/ssh_user" "$LAB/home/alice/key"
   install -m 600 -o alice "$LAB/password" "$LAB/home/alice/password"
   if [ -x "$(lab_bin -qemu)" ]; then # as the socket unit does it
-    useradd --system --no-create-home --shell /usr/sbin/nologin proxyvpn-qemu
+    getent passwd proxyvpn-qemu >/dev/null || useradd --system --no-create-home --shell /usr/sbin/nologin proxyvpn-qemu
     as_daemon qemu "$(lab_bin -qemu)" --listen /run/proxyvpn-qemu.sock --owner proxyvpn --user proxyvpn-qemu
   fi
   mkdir -p /run/sshd; unlocked_root; sshd_config app; as_daemon sshd-app "$(command -v sshd)" -D -e -f "$LAB/sshd_app.conf"

@@ -4,16 +4,16 @@ import contextlib
 import json
 import os
 import re
-import socket
 import time
 
-from lab import APP4, APP6, PROXY, WEB, Failed, Lab, expect, until
+from lab import APP4, APP6, WEB, Lab, expect, until
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 PROFILE = "tor"
 NEIGHBOUR = "192.0.2.3"  # on the machine's local network
 GUEST, HOST = "10.10.10.1", "10.10.10.2"
 SOCKS, CONTROL = 9050, 9051
+STATE_DISK = "state.img"
 # of a boot under TCG on a busy machine
 CONNECT_SECONDS = 90
 
@@ -39,10 +39,10 @@ class TorLab(Lab):
     def daemon(self, *args, image=None):
         return super().daemon(*args, "--torvm-image", image or self.image)
 
-    def profile(self, upstream="direct://", **keys):
-        """Writes the approved profile. `keys` are those of [torvm], with _ for -."""
+    def profile(self, upstream="direct://", upstream_more="", **keys):
+        """Writes the approved profile. `keys` are those of [torvm], with _ for -; `upstream_more` are lines of [upstream]."""
         keys = {"memory_mib": 128, "accel": "tcg", "testing": True, "directory_authorities": self.tor["authorities"], **keys}
-        lines = ['backend = "torvm"', "[upstream]", f"url = {json.dumps(upstream)}", "[torvm]"]
+        lines = ['backend = "torvm"', "[upstream]", f"url = {json.dumps(upstream)}", upstream_more, "[torvm]"]
         lines += [f"{name.replace('_', '-')} = {json.dumps(value)}" for name, value in keys.items()]
         self.app("tee", f"/etc/proxyvpn/profiles.d/{PROFILE}.toml", data="\n".join([*lines, ""]))
 
@@ -50,25 +50,45 @@ class TorLab(Lab):
         return self.proxyctl("connect", PROFILE, *args, **{"timeout": CONNECT_SECONDS, **options})
 
     def await_state(self, *wanted, seconds=CONNECT_SECONDS):
-        state = None
+        """Waits for one of these states; returns the status."""
+        status = {}
 
         def there():
-            nonlocal state
-            state = self.status()["state"]
-            return state in wanted
+            nonlocal status
+            status = self.status()
+            return status["state"] in wanted
 
-        until(seconds, there, lambda: f"the state is {state}, not {' or '.join(wanted)}, after {seconds} s: {self.status()}")
+        until(seconds, there, lambda: f"the state is not {' or '.join(wanted)} after {seconds} s: {status}")
+        return status
 
     def qemu(self):
         """QEMU's number outside of the machine; None when there is none."""
-        mine = os.stat(f"/proc/{self.pids['app']}/ns/pid").st_ino
-        for name in os.listdir("/proc"):
+        parents, found = {}, []
+        for name in filter(str.isdigit, os.listdir("/proc")):
             with contextlib.suppress(OSError):
-                if name.isdigit() and os.stat(f"/proc/{name}/ns/pid").st_ino == mine:
-                    with open(f"/proc/{name}/cmdline", "rb") as file:
-                        if b"/qemu-system-" in b"/" + file.read().split(b"\0")[0]:
-                            return int(name)
+                with open(f"/proc/{name}/stat", encoding="ascii", errors="replace") as file:
+                    parents[int(name)] = int(file.read().rpartition(")")[2].split()[1])
+                with open(f"/proc/{name}/cmdline", "rb") as file:
+                    if b"/qemu-system-" in b"/" + file.read().split(b"\0")[0]:
+                        found.append(int(name))
+        for pid in found:
+            parent = pid
+            while parent := parents.get(parent):
+                if parent == int(self.pids["app"]):
+                    return pid
         return None
+
+    def disk(self):
+        """The state disk's file."""
+        return f"{self.dir}/lib/{STATE_DISK}"
+
+    def tor_property(self, name):
+        """A property of org.proxyvpn1.TorVm, as any user reads it."""
+        said = self.alice("busctl", "--json=short", "get-property", "org.proxyvpn1", "/org/proxyvpn1/torvm", "org.proxyvpn1.TorVm", name).stdout
+        return json.loads(said)["data"]
+
+    def bootstrap(self):
+        return dict(zip(("percent", "tag", "summary", "warning", "reason", "hint"), self.tor_property("Bootstrap"), strict=True))
 
     # ---- looking
 

@@ -1,7 +1,7 @@
 """A private Tor network in the network namespace that this runs in: three directory authorities that are exits too, two relays, an obfs4
 bridge and an onion service in front of WEB. Their addresses are on `lo`, public ones in different /16s, so that clients need no exceptions.
 
-    tornet.py CACHE DIR WEB RESOLVER   runs it in DIR until it is killed; ends at once when it cannot
+    tornet.py CACHE DIR LOGS WEB RESOLVER   runs it in DIR until it is killed; ends at once when it cannot
 
 Keys are made once and kept in CACHE, with what the authorities know about the relays: so the next start takes seconds. When clients can
 use the network, DIR/network.json tells what they need:
@@ -58,11 +58,12 @@ ServerDNSTestAddresses
 ServerDNSAllowNonRFC953Hostnames 1
 ServerDNSRandomizeCase 0
 """
-# The first vote soon, and as few rounds as it takes to agree; every relay gets every flag.
+# Every relay gets every flag. The first interval is as long as the others: onion services and their clients reckon with it, and one that
+# knows the first consensus alone would look for another descriptor. Five relays are too few for second guards (vanguards).
 AUTHORITY = """
 AuthoritativeDirectory 1
 V3AuthoritativeDirectory 1
-TestingV3AuthInitialVotingInterval 5
+TestingV3AuthInitialVotingInterval 10
 TestingV3AuthInitialVoteDelay 2
 TestingV3AuthInitialDistDelay 2
 V3AuthVotingInterval 10
@@ -74,6 +75,7 @@ TestingDirAuthVoteGuard *
 TestingDirAuthVoteHSDir *
 TestingMinExitFlagThreshold 0
 TestingMinFastFlagThreshold 0
+ConsensusParams vanguards-lite-enabled=0
 """
 BRIDGE = f"""
 BridgeRelay 1
@@ -147,8 +149,8 @@ def authority_lines(cache, fingerprints):
 
 
 class Network:
-    def __init__(self, cache, directory, web, resolver):
-        self.cache, self.directory, self.web = cache, directory, web
+    def __init__(self, cache, directory, logs, web, resolver):
+        self.cache, self.directory, self.logs, self.web = cache, directory, logs, web
         os.makedirs(directory, exist_ok=True)
         make_keys(cache)
         with open(f"{cache}/keys.json", encoding="ascii") as file:
@@ -192,7 +194,7 @@ class Network:
     def run(self, name, torrc):
         data = f"{self.directory}/{name}"
         with open(f"{data}/torrc", "w", encoding="ascii") as file:
-            file.write("\n".join([*torrc, f"DataDirectory {data}", f"Log notice [rend]info file {data}/log", ""]))
+            file.write("\n".join([*torrc, f"DataDirectory {data}", f"Log notice [rend]info file {self.log(name)}", ""]))
         command = ["setpriv", "--pdeathsig", "KILL", *TOR, "-f", f"{data}/torrc"]
         self.processes[name] = subprocess.Popen(command, stdin=subprocess.DEVNULL)
 
@@ -217,9 +219,12 @@ class Network:
     def said(self, name, text):
         """How often it is in the log."""
         with contextlib.suppress(FileNotFoundError):
-            with open(f"{self.directory}/{name}/log", encoding="utf-8") as file:
+            with open(self.log(name), encoding="utf-8") as file:
                 return file.read().count(text)
         return 0
+
+    def log(self, name):
+        return f"{self.logs}/tor-{name}.log"
 
     def bridge_line(self):
         bridge = next(node for node in NODES if node.bridge)
@@ -253,12 +258,12 @@ class Network:
     def failure(self):
         for name, process in self.processes.items():
             if process.poll() is not None:
-                return f"tor of {name} ended with {process.returncode}: see {self.directory}/{name}/log"
+                return f"tor of {name} ended with {process.returncode}: see {self.log(name)}"
         return None
 
 
 def main():
-    network = Network(*sys.argv[1:5])
+    network = Network(*sys.argv[1:6])
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     network.start()
     end = time.monotonic() + START_SECONDS
@@ -266,7 +271,7 @@ def main():
         if why := network.failure():
             sys.exit(why)
         if time.monotonic() > end:
-            sys.exit(f"no consensus after {START_SECONDS} s: see {network.directory}/*/log")
+            sys.exit(f"no consensus after {START_SECONDS} s: see {network.log('*')}")
         time.sleep(0.1)
     network.keep()
     with open(f"{network.directory}/network.json.new", "w", encoding="ascii") as file:

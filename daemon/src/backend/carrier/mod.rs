@@ -487,10 +487,12 @@ impl World for Carrier {
                     continue;
                 }
                 Some(Event::UpstreamWorking) => return Fault::UpstreamWorking,
-                Some(Event::DeviceLost(error)) => Failure::new(
-                    ReasonCode::DeviceLost,
-                    format!("The tunnel device is gone ({error}); it is made anew"),
-                ),
+                Some(Event::DeviceLost(error)) => self.last_words().await.unwrap_or_else(|| {
+                    Failure::new(
+                        ReasonCode::DeviceLost,
+                        format!("The tunnel device is gone ({error}); it is made anew"),
+                    )
+                }),
                 Some(Event::Failed(cause)) => Failure::new(
                     ReasonCode::EngineFailed,
                     format!("The packet engine stopped ({cause}); it is started anew"),

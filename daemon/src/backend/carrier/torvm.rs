@@ -13,7 +13,7 @@ use proxyvpn_torvm::link;
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
 use serde::{Deserialize, Serialize};
 use tokio::sync::mpsc;
-use tokio::time::sleep_until;
+use tokio::time::{sleep_until, timeout};
 
 use super::{Carrier, EVENTS, internal};
 use crate::backend::guest::{Guest, News};
@@ -36,6 +36,8 @@ const POWER_DOWN: Duration = Duration::from_secs(5);
 const FLOWS: usize = 1024;
 /// Bytes that they may hold.
 const MEMORY: usize = 64 << 20;
+/// The launcher tells of QEMU's end about when its way out is closed.
+const LAST_WORDS: Duration = Duration::from_secs(1);
 /// Name of the packet engine's end of the virtual machine's way out, where descriptors outlive the process.
 const LINK: &str = "vm-link";
 /// Record of the virtual machine that runs, beside the record of what is wanted.
@@ -262,6 +264,19 @@ impl Carrier {
             false
         });
         Ok(())
+    }
+
+    /// The way out of a virtual machine ends with it. What itself says about its end is the cause.
+    pub(super) async fn last_words(&mut self) -> Option<Failure> {
+        let guest = self.guest.as_mut()?;
+        let down = async {
+            loop {
+                if let News::Down(failure) = guest.next().await {
+                    return failure;
+                }
+            }
+        };
+        timeout(LAST_WORDS, down).await.ok()
     }
 
     pub(super) async fn wait_bootstrap(&mut self) -> Result<(), Failure> {
