@@ -27,7 +27,7 @@ if [ -z "$bin" ]; then
 fi
 if [ -z "$image" ]; then
   image=$(target_dir)/torvm-image
-  if ! "$ROOT/scripts/build-torvm-image.sh" --transports --out "$image" >"$LOGS/torvm-image.log" 2>&1; then failed "image"; tail -n 40 "$LOGS/torvm-image.log"; summary; exit 1; fi
+  if ! as_builder "$ROOT/scripts/build-torvm-image.sh" --transports --out "$image" >"$LOGS/torvm-image.log" 2>&1; then failed "image"; tail -n 40 "$LOGS/torvm-image.log"; summary; exit 1; fi
 fi
 # The guest alone, then all of it.
 for runner in boot run; do
