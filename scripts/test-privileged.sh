@@ -25,6 +25,15 @@ while IFS=$'\t' read -r dir program name; do
   # shellcheck disable=SC2016
   tests=$("$program" --list --ignored 2>/dev/null | grep -c ': test$')
   [ "$tests" -gt 0 ] || continue
+  case ${dir##*/}/$name in
+    daemon/tor) command -v tor >/dev/null || { skipped "control port of a real Tor" "tor is not installed (scripts/setup.sh)"; continue; } ;;
+    daemon/vm)
+      command -v qemu-system-x86_64 >/dev/null || { skipped "a real virtual machine" "QEMU is not installed (scripts/setup.sh)"; continue; }
+      PROXYVPN_TORVM_IMAGE=$(realpath "$(target_dir)")/torvm-image; export PROXYVPN_TORVM_IMAGE
+      if ! "$ROOT/scripts/build-torvm-image.sh" --transports --out "$PROXYVPN_TORVM_IMAGE" >"$LOGS/torvm-image.log" 2>&1 </dev/null; then
+        failed "image of the virtual machine"; tail -n 40 "$LOGS/torvm-image.log"; continue
+      fi ;;
+  esac
   log=$LOGS/privileged-${dir##*/}-$name.log
   # an own /dev/net/tun: a chmod must never reach the machine's; own /run and /etc against what a test may write
   if (cd "$dir" && PROXYVPN_PRIVILEGED_TESTS=1 timeout 900 unshare --mount --net --pid --fork --kill-child --mount-proc --propagation private \

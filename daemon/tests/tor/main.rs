@@ -23,8 +23,7 @@ struct Tor {
 }
 
 impl Tor {
-    /// `None` on a machine without Tor.
-    fn start(password: &Password, more: &str) -> Option<Self> {
+    fn start(password: &Password, more: &str) -> Self {
         let opted_in = std::env::var("PROXYVPN_PRIVILEGED_TESTS").is_ok_and(|value| value == "1");
         assert!(opted_in, "set PROXYVPN_PRIVILEGED_TESTS=1: this test needs a network namespace of its own");
         let directory = std::env::temp_dir().join(format!("proxyvpn-tor-{}", std::process::id()));
@@ -38,13 +37,7 @@ impl Tor {
         std::fs::write(&path, torrc).unwrap();
         let mut command = Command::new("tor");
         command.args(["--defaults-torrc", "/dev/null", "-f"]).arg(path).stdout(Stdio::null());
-        match command.spawn() {
-            Ok(child) => Some(Self { child, directory }),
-            Err(error) => {
-                println!("skipped: there is no tor: {error}");
-                None
-            }
-        }
+        Self { child: command.spawn().expect("tor is installed"), directory }
     }
 }
 
@@ -72,7 +65,7 @@ async fn connect(password: &Password) -> Result<Control, Error> {
 #[ignore = "needs root and makes network namespaces"]
 async fn only_the_password_of_the_run_opens_it() {
     let password = Password::generate().unwrap();
-    let Some(tor) = Tor::start(&password, "DisableNetwork 1") else { return };
+    let tor = Tor::start(&password, "DisableNetwork 1");
     let mut control = connect(&password).await.unwrap();
     let other = connect(&Password::generate().unwrap()).await;
     assert!(matches!(other, Err(Error::Password)), "{other:?}");
@@ -95,7 +88,7 @@ async fn only_the_password_of_the_run_opens_it() {
 #[ignore = "needs root and makes network namespaces"]
 async fn a_start_that_stalls_is_told_with_what_helps() {
     let password = Password::generate().unwrap();
-    let Some(_tor) = Tor::start(&password, "UseBridges 1\nBridge 127.0.0.1:4") else { return };
+    let _tor = Tor::start(&password, "UseBridges 1\nBridge 127.0.0.1:4");
     let mut control = connect(&password).await.unwrap();
     let stalled = timeout(Duration::from_secs(60), async {
         loop {

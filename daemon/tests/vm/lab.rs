@@ -3,7 +3,7 @@
 
 use std::fs::{self, File};
 use std::os::fd::{AsFd as _, AsRawFd as _, OwnedFd};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::{Child, Command};
 use std::time::{Duration, Instant};
 
@@ -22,25 +22,23 @@ pub(crate) struct Lab {
     tap: File,
     launcher: Child,
     /// The packet engine's end of the guest's way out: nobody reads it.
-    link: OwnedFd,
+    _link: OwnedFd,
     guest: OwnedFd,
 }
 
 impl Lab {
-    /// `None` on a machine that lacks something; what, is printed.
-    pub(crate) fn new() -> Option<Self> {
+    pub(crate) fn new() -> Self {
         let opted_in = std::env::var("PROXYVPN_PRIVILEGED_TESTS").is_ok_and(|value| value == "1");
         assert!(opted_in, "set PROXYVPN_PRIVILEGED_TESTS=1: this test needs root and namespaces of its own");
         // Built with the tests of the launcher: beside the folder that this program is in.
         let program = std::env::current_exe().unwrap().parent().unwrap().with_file_name("proxyvpn-qemu");
         let image =
             std::env::var_os("PROXYVPN_TORVM_IMAGE").map_or_else(|| "/usr/lib/proxyvpn/torvm".into(), PathBuf::from);
-        for needed in [Path::new("/usr/bin/qemu-system-x86_64"), &program, &image.join("manifest.json")] {
-            if !needed.exists() {
-                println!("skipped: there is no {} (see docs/torvm.md)", needed.display());
-                return None;
-            }
-        }
+        assert!(
+            image.join("manifest.json").exists(),
+            "make the image with scripts/build-torvm-image.sh --out {}",
+            image.display()
+        );
         let directory = std::env::temp_dir().join(format!("proxyvpn-vm-{}", std::process::id()));
         fs::create_dir_all(&directory).unwrap();
         let tap = tap();
@@ -56,7 +54,7 @@ impl Lab {
             std::thread::sleep(Duration::from_millis(20));
         }
         let (link, guest) = socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None).unwrap();
-        Some(Self { directory, image, tap, launcher, link, guest })
+        Self { directory, image, tap, launcher, _link: link, guest }
     }
 
     pub(crate) async fn launch(&self, accelerator: Wanted, password: &Password) -> Result<Vm, Error> {
@@ -80,7 +78,6 @@ impl Lab {
 
 impl Drop for Lab {
     fn drop(&mut self) {
-        let _ = self.link;
         let _ = self.launcher.kill();
         let _ = self.launcher.wait();
         let _ = fs::remove_dir_all(&self.directory);

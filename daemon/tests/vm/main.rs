@@ -1,8 +1,8 @@
 //! A real virtual machine, through the real launcher: it starts, is watched, outlives its daemon, and ends in each way there is.
 //!
 //! `PROXYVPN_PRIVILEGED_TESTS=1 cargo test -p proxyvpnd --features privileged-tests --test vm -- --ignored`, in namespaces of its own
-//! as scripts/test-privileged.sh makes them. The image is in `target/torvm-image`, as scripts/test-torvm.sh makes
-//! it, or in the folder that `PROXYVPN_TORVM_IMAGE` names.
+//! as scripts/test-privileged.sh makes them. The image is in `target/torvm-image`, as scripts/test-torvm.sh
+//! makes it, or in the folder that `PROXYVPN_TORVM_IMAGE` names.
 #![cfg(feature = "privileged-tests")]
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, missing_docs, reason = "tests")]
 
@@ -52,7 +52,7 @@ fn ended(event: &Event) -> bool {
 #[tokio::test]
 #[ignore = "needs root, QEMU and an image, and makes network namespaces"]
 async fn a_virtual_machine_from_its_start_to_its_end() {
-    let Some(lab) = Lab::new() else { return };
+    let lab = Lab::new();
     let password = Password::generate().unwrap();
     let mut vm = lab.launch(Wanted::Auto, &password).await.unwrap();
     // Whether KVM works is the machine's affair.
@@ -108,7 +108,7 @@ async fn a_virtual_machine_from_its_start_to_its_end() {
 #[tokio::test]
 #[ignore = "needs root, QEMU and an image, and makes network namespaces"]
 async fn one_that_does_not_power_off_is_ended() {
-    let Some(lab) = Lab::new() else { return };
+    let lab = Lab::new();
     let mut vm = lab.launch(Wanted::Tcg, &Password::generate().unwrap()).await.unwrap();
     until(&mut vm, alive).await;
     // As with copies in the service manager's store: closing ours alone would end nothing.
@@ -122,7 +122,7 @@ async fn one_that_does_not_power_off_is_ended() {
 #[tokio::test]
 #[ignore = "needs root, QEMU and an image, and makes network namespaces"]
 async fn one_that_nobody_holds_ends() {
-    let Some(lab) = Lab::new() else { return };
+    let lab = Lab::new();
     let vm = lab.launch(Wanted::Tcg, &Password::generate().unwrap()).await.unwrap();
     assert!(lab::qemu().is_some());
     drop(vm);
