@@ -3,6 +3,7 @@ machine's network is used: both network devices end in socket pairs of this proc
 
 import json
 import os
+import re
 import select
 import socket
 import struct
@@ -14,13 +15,15 @@ ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)
 sys.path.insert(0, os.path.join(ROOT, "torvm", "image"))
 import cpio  # noqa: E402
 
+with open(os.path.join(ROOT, "torvm", "contract", "src", "launch.rs"), encoding="ascii") as file:
+    CMDLINE = re.search(r'CMDLINE: &str =\s*"(.*)";', file.read())[1]
+
 CHANNEL = "org.proxyvpn.channel"
 FW_CFG = "opt/org.proxyvpn/config"
-CMDLINE = "console=ttyS0 quiet loglevel=3 panic=1 random.trust_cpu=off ipv6.disable=1 rootfstype=ramfs"
 GUEST, HOST, UPLINK_GUEST, UPLINK_GATEWAY = "10.10.10.1", "10.10.10.2", "10.10.11.2", "10.10.11.1"
 GUEST_MAC, HOST_MAC = "52:54:00:10:10:01", "52:54:00:10:10:02"
 UPLINK_GUEST_MAC, UPLINK_GATEWAY_MAC = "52:54:00:10:11:02", "52:54:00:10:11:01"
-# The hash of "secret".
+# A hash in the right form: no test here speaks to the control port.
 CONFIG = {"control-password": "16:872860B76453A77D60CA2BB8C1A7042072093276A3D701AD684053EC4C"}
 
 
