@@ -1,12 +1,12 @@
 //! From a profile to a desired network.
 
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 use ipnet::Ipv4Net;
 use proxyvpn_dbus::ReasonCode;
 use proxyvpn_torvm::link;
 
-use crate::config::profile::{Backend, ForwardSpec, Profile, TunSpec};
+use crate::config::profile::{Backend, ForwardSpec, Profile, TunSpec, UpstreamSpec};
 use crate::machine::Failure;
 use crate::net::desired::{Control, Desired, Exceptions, Forward, Gateway, Locked, Tunnel};
 use crate::net::{self, Cut, firewall};
@@ -22,7 +22,7 @@ pub(super) fn desired(profile: &Profile) -> (Desired, Resolvers) {
         // Every name is Tor's to look up.
         resolvers: if tor { vec![] } else { resolvers.addresses.clone() },
         users: profile.bypass_users.clone(),
-        services: vec![],
+        services: services(&profile.upstream),
     };
     let desired = Desired {
         guarded: tunnel.addresses().collect(),
@@ -39,6 +39,14 @@ pub(super) fn desired(profile: &Profile) -> (Desired, Resolvers) {
         iptables_fallback: profile.protect.iptables_fallback,
     };
     (desired, resolvers)
+}
+
+/// Where the upstream is if it runs on this machine, as far as the profile tells.
+fn services(upstream: &UpstreamSpec) -> Vec<SocketAddr> {
+    let local: &[IpAddr] = &[IpAddr::V4(Ipv4Addr::LOCALHOST), IpAddr::V6(Ipv6Addr::LOCALHOST)];
+    let named = if upstream.host == "localhost" { local } else { &[] };
+    let given = upstream.host.parse().ok().into_iter().chain(upstream.addresses.iter().copied());
+    given.chain(named.iter().copied()).map(|address| SocketAddr::new(address, upstream.port)).collect()
 }
 
 /// The device that `profile` describes.
@@ -156,5 +164,19 @@ mod tests {
         let (blocked, _) = blocked(&profile);
         assert!(blocked.tunnel.is_none() && blocked.killswitch);
         assert_eq!(blocked.exceptions.lan, profile.protect.lan);
+    }
+
+    #[test]
+    fn an_upstream_that_may_run_here_can_be_reached() {
+        let services = |upstream: &str| {
+            let text = format!("backend = \"torvm\"\n[upstream]\n{upstream}");
+            let profile = crate::config::parse::profile("tor", "tor.toml", &text).unwrap();
+            desired(&profile).0.exceptions.services.iter().map(ToString::to_string).collect::<Vec<_>>().join(" ")
+        };
+        assert_eq!(services(r#"url = "direct://""#), "");
+        assert_eq!(services(r#"url = "http://127.0.0.1:3128""#), "127.0.0.1:3128");
+        assert_eq!(services(r#"url = "http://[::1]:3128""#), "[::1]:3128");
+        assert_eq!(services(r#"url = "http://localhost:3128""#), "127.0.0.1:3128 [::1]:3128");
+        assert_eq!(services("url = \"http://proxy.example:3128\"\naddresses = [\"192.0.2.1\"]"), "192.0.2.1:3128");
     }
 }

@@ -37,6 +37,8 @@ pub struct Network {
     queues: Queues,
     /// What this process installed.
     pub(super) installed: Option<Ruleset>,
+    /// For what.
+    filtered: Option<Desired>,
     /// The devices at the last look.
     pub(super) at_look: Option<Devices>,
     /// Indices of devices that led to a gateway.
@@ -86,6 +88,7 @@ impl Network {
             keeping,
             queues,
             installed,
+            filtered: None,
             at_look,
             outward,
             outward_stale: Instant::now(),
@@ -208,6 +211,9 @@ impl Network {
     /// descriptors are closed, here and where they are kept. They are non-blocking and carry virtio headers
     /// (`struct virtio_net_hdr`), with checksum and TCP segmentation offloads. More than one queue: `IFF_MULTI_QUEUE`.
     ///
+    /// With a gateway the firewall keeps what is behind the device from this machine before the call returns: what is in force, or
+    /// one that lets everything else through.
+    ///
     /// # Errors
     /// [`Error::NameTaken`], [`Error::Create`], or the step that failed; nothing is left then.
     pub async fn create_tunnel(&mut self, tunnel: &Tunnel, queues: usize) -> Result<Vec<OwnedFd>, Error> {
@@ -219,11 +225,11 @@ impl Network {
         let before = self.journal.begin([made(tunnel).line()])?;
         let desired = Desired {
             tunnel: Some(tunnel.clone()),
-            guarded: vec![],
+            guarded: tunnel.addresses().collect(),
             exceptions: Exceptions::default(),
             steer_dns: false,
             killswitch: false,
-            inbound_replies: false,
+            inbound_replies: true,
             locked: Locked::No,
             forward: Forward::Block,
             iptables_fallback: false,
@@ -235,7 +241,10 @@ impl Network {
         };
         let made = match fds {
             // When this fails the descriptors are closed, and the device goes with them.
-            Ok(fds) => self.apply_steps(Stage::Tunnel, &desired).await.map(|()| fds),
+            Ok(fds) => match self.apply_steps(Stage::Tunnel, &desired).await {
+                Ok(()) => self.close_in(desired).await.map(|()| fds),
+                Err(error) => Err(error),
+            },
             Err(error) => Err(error),
         };
         match &made {
@@ -248,6 +257,15 @@ impl Network {
             Err(_) => self.journal.roll_back(before)?,
         }
         made
+    }
+
+    /// Keeps what is behind a device that was made for this from this machine.
+    async fn close_in(&mut self, open: Desired) -> Result<(), Error> {
+        if open.tunnel.iter().all(|tunnel| tunnel.gateway.is_none()) {
+            return Ok(());
+        }
+        let desired = self.filtered.clone().unwrap_or(open);
+        self.apply_firewall(&desired).await
     }
 
     /// Makes the device that takes what is blocked while there is no tunnel, so that the firewall can tell answers to outside
@@ -384,10 +402,14 @@ impl Network {
                 _ => {}
             }
             if self.is_installed(&ruleset).await? {
+                self.filtered = Some(desired.clone());
                 return Ok(());
             }
             match self.install(&ruleset).await {
-                Ok(()) => return Ok(()),
+                Ok(()) => {
+                    self.filtered = Some(desired.clone());
+                    return Ok(());
+                }
                 Err(error) => failed = Some((ruleset, error)),
             }
         }
@@ -512,6 +534,7 @@ impl Network {
                     result.removed.push("nft remove table inet proxyvpn".to_owned());
                 }
                 self.installed = None;
+                self.filtered = None;
                 self.sessions = None;
             }
             Err(firewall::Error::Owned) if owned == Owned::Expected => {}

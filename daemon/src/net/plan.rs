@@ -139,11 +139,11 @@ fn routes(observed: &Observed, desired: &Desired) -> Vec<Route> {
     routes
 }
 
-/// The device without an address that takes what is blocked, behind a firewall that lets nothing into it: a packet without a route would not even
-/// get to the rule by which an answer to outside gets another one.
+/// The device that takes what is blocked, behind a firewall that lets nothing into it: a packet without a route would not even
+/// get to the rule by which an answer to outside gets another one. One with a gateway may wait for that, with its address.
 fn held<'a>(observed: &'a Observed, desired: &Desired) -> Option<&'a Link> {
     let bare = |link: &Link| !observed.addresses.iter().any(|address| address.index == link.index);
-    let held = |link: &&Link| link.ours && link.up && bare(link);
+    let held = |link: &&Link| link.ours && link.up && (link.mac.is_some() || bare(link));
     observed.links.iter().find(held).filter(|_| desired.tunnel.is_none() && desired.killswitch)
 }
 
@@ -448,6 +448,8 @@ rule add -6 priority 3731 ipproto tcp lookup 7376750 protocol 112
         let (connected, blocked) = (observed.clone(), Desired { tunnel: None, ..desired.clone() });
         let steps = plan(&observed, &blocked);
         let gone = "\
+route add default dev tap0 table 7376750 proto 112 metric 1
+route add -6 default dev tap0 table 7376750 proto 112 metric 1
 rule add priority 3702 ipproto udp dport 53 unreachable protocol 112
 rule add priority 3702 ipproto tcp dport 53 unreachable protocol 112
 rule add -6 priority 3702 ipproto udp dport 53 unreachable protocol 112
@@ -612,7 +614,7 @@ route remove default via 10.10.10.1 dev tap0 onlink table 7376750 proto 112 metr
             plan(observed, desired).iter().filter(|step| step.line().contains("dev pvpn0")).count()
         };
         assert_eq!(into(&observed, &blocked), 0, "there is none");
-        observed.links.push(Link { ours: true, ..link(9, "pvpn0", 0, 0) });
+        observed.links.push(Link { ours: true, mac: None, ..link(9, "pvpn0", 0, 0) });
         assert_eq!(into(&observed, &blocked), 2);
         let open = Desired { killswitch: false, ..blocked.clone() };
         assert_eq!(into(&observed, &open), 0, "nothing would refuse what goes there");

@@ -67,7 +67,8 @@ impl Router {
             space.run_async(async || open(&world.state).await.create_tunnel(&other, 1).await.unwrap().pop().unwrap());
         space.run(|| {
             sh(&format!(
-                "ip route add {OWN} dev g0; ip route add default via {OWN} dev g0 onlink
+                "nft delete table inet proxyvpn; nft delete table netdev proxyvpn 2>/dev/null || true
+                 ip route add {OWN} dev g0; ip route add default via {OWN} dev g0 onlink
                  nft -f - <<'END'
                  table ip router {{
                      chain redirected {{
@@ -331,6 +332,50 @@ fn advertisement() -> Vec<u8> {
     icmp[2..4].copy_from_slice(&sum);
     let header = [&[0x60, 0, 0, 0], &length.to_be_bytes()[..], &[58, 255], &from.octets(), &to.octets()].concat();
     [header, icmp].concat()
+}
+
+#[test]
+#[ignore = "needs root and makes network namespaces"]
+fn a_router_is_kept_out_as_soon_as_there_is_a_device() {
+    let world = World::new();
+    world.host.run_async(async || {
+        answer(TcpListener::bind(("::", 7000)).unwrap());
+        let at_peer = world.peer.run(|| {
+            let listener = TcpListener::bind((PEER, 0)).unwrap();
+            let port = listener.local_addr().unwrap().port();
+            answer(listener);
+            port
+        });
+        for behind_a_block in [false, true] {
+            let mut network = open(&world.state).await;
+            let wanted = routed();
+            if behind_a_block {
+                let blocked = Desired { tunnel: None, ..wanted.clone() };
+                network.apply(Stage::Firewall, &blocked).await.unwrap();
+                network.apply(Stage::Routes, &blocked).await.unwrap();
+            }
+            let fds = network.create_tunnel(wanted.tunnel.as_ref().unwrap(), 1).await.unwrap();
+            if behind_a_block {
+                // As the watch has it done.
+                network.look(&Desired { tunnel: None, ..wanted.clone() }).await.unwrap();
+            }
+            let router = Router::new(&world, &fds[0]);
+            assert_eq!(begun(&router, 7000), [""; 0], "behind a block: {behind_a_block}");
+            // Nothing else has changed: what the block stops, and without one the network is open, in both directions.
+            assert_eq!(say((PEER, at_peer), None).is_ok(), !behind_a_block);
+            assert_eq!(world.peer.run(|| say((HOST, 7000), None)), Ok(()));
+            assert_eq!(router.seen(), BTreeSet::new());
+            network.apply(Stage::Firewall, &wanted).await.unwrap();
+            network.apply(Stage::Routes, &wanted).await.unwrap();
+            assert_eq!(sh("ip route show table 7376750").lines().count(), 2);
+            assert_eq!(say((PEER, at_peer), None), Ok(()));
+            assert_eq!(world.peer.run(|| say((HOST, 7000), None)), Ok(()));
+            assert_eq!(router.seen(), BTreeSet::from([format!("6 from {OWN}")]));
+            drop((router, fds));
+            assert!(network.clean_up(Owned::Unexpected).await.errors.is_empty());
+            assert_eq!(sh("nft list tables"), "");
+        }
+    });
 }
 
 #[test]
