@@ -8,6 +8,7 @@
 #                  the same share of each program's. On a wire without loss cubic does what reno does, but not every kernel allows it here
 #   --json FILE    write everything that was measured, too
 #   --only A,B     only these of: direct connect tuns proxyvpn redsocks tun2proxy
+#   --torvm        instead: the TorVM backend (with --quick and --json): its start, throughput, memory, CPU with nothing to do
 #   --with-peers   fetch redsocks (Debian's package, unpacked, not installed) and tun2proxy (cargo install, takes minutes) if they are not
 #                  here; they are kept in target/peers
 #
@@ -19,12 +20,13 @@ set -euo pipefail
 # shellcheck source=scripts/bench-common.sh
 . "$(dirname "$0")/bench-common.sh"
 
-quick=() only=() json='' with_peers='' congestion=reno
+quick=() only=() json='' with_peers='' torvm='' congestion=reno
 while [ $# -gt 0 ]; do case $1 in
   --quick) quick=(--quick); shift ;;
   --congestion) congestion=${2:?--congestion needs a name}; shift 2 ;;
   --json) json=$(readlink -f "${2:?--json needs a file}") || die "no folder for '$2'"; shift 2 ;;
   --only) only=(--only "${2:?--only needs names}"); shift 2 ;;
+  --torvm) torvm=1; shift ;;
   --with-peers) with_peers=1; shift ;;
   -h | --help) sed -n '2,/^set /s/^# \{0,1\}//p' "$0" | sed '$d'; exit 0 ;;
   *) die "unknown argument '$1' (see --help)" ;;
@@ -33,6 +35,10 @@ need_root
 only_one bench
 expect_congestion "$congestion"
 build_all bench
+if [ -n "$torvm" ]; then
+  "$ROOT/scripts/build-torvm-image.sh" --out "$(target_dir)/torvm-image" >/dev/null || die "the image was not built"
+  run_python "$ROOT/bench/torvm.py" --stage "$work/stage" --image "$(target_dir)/torvm-image" "${quick[@]}" ${json:+--json "$json"}
+fi
 
 peers=() kept=$(target_dir)/peers
 peer() { # peer NAME PROGRAM...: the first that is there

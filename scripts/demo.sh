@@ -2,8 +2,13 @@
 # demo.sh: proxyvpn's main job on this machine, in namespaces of its own: 'sudo scripts/demo.sh'. Installs what it needs, builds, and
 # shows step by step, each one checked, that a user without root puts a whole machine behind a real proxy. Nothing of this machine's
 # own network changes. Run again it takes seconds.
+#   --torvm   instead: behind Tor in a virtual machine, with a private Tor network
 set -euo pipefail
 cd "$(dirname "$0")/.."
+case ${1:-} in
+  '' | --torvm) which=${1:-} ;;
+  *) sed -n '2,/^set /s/^# \{0,1\}//p' "$0" | sed '$d'; exit 2 ;;
+esac
 PVLAB_ID=demo-$$
 # shellcheck source=scripts/lab.sh
 . scripts/lab.sh
@@ -39,6 +44,12 @@ ok "this machine has what building and testing need (scripts/setup.sh)"
 build_release || fail "the build failed"
 scripts/install.sh --quiet --bin-dir "$(target_dir)/release" --destdir "$stage" || fail "install.sh"
 ok "proxyvpnd and proxyctl are built"
+
+if [ "$which" = --torvm ]; then
+  # shellcheck source=scripts/demo-torvm.sh
+  . scripts/demo-torvm.sh
+  exit 0
+fi
 
 lab_up --stage "$stage"
 ok "namespaces: a machine with its own system bus and polkitd; beyond a wire squid with a password, web servers, DNS, a sniffer"

@@ -9,7 +9,7 @@ build=(gcc binutils libc6-dev pkg-config libmnl-dev libnftnl-dev ca-certificates
 # a|b: any of them will do, the first that can be had is installed
 run=(util-linux iproute2 "nftables" iptables procps "dbus" "polkitd|policykit-1")
 test=("squid|squid-openssl" tinyproxy-bin dnsmasq-base conntrack openssh-server openssh-client curl wget netcat-openbsd "iputils-ping|inetutils-ping" tcpdump openssl python3
-  rsync iperf3 "nginx|nginx-core" ethtool g++ valgrind shellcheck systemd-container mmdebstrap "passwd" "libpam-runtime" qemu-system-x86 tor obfs4proxy e2fsprogs "bind9-dnsutils|dnsutils")
+  rsync iperf3 "nginx|nginx-core" ethtool g++ valgrind shellcheck systemd-container mmdebstrap "passwd" "libpam-runtime" qemu-system-x86 tor obfs4proxy e2fsprogs "bind9-dnsutils|dnsutils" busybox-static)
 wanted=("${build[@]}" "${run[@]}" "${test[@]}")
 case ${1:-} in
   --build) wanted=("${build[@]}") ;;

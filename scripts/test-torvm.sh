@@ -1,7 +1,7 @@
 #!/bin/bash
 # test-torvm.sh: the TorVM backend against a private Tor network: the real image in QEMU, everything in network namespaces of its own; the
 # machine's own network is not touched.
-#   --only TEXT    tests whose name holds TEXT
+#   --only TEXT    tests whose name holds TEXT, without the leak probes
 #   --list         the tests
 #   --bin-dir DIR  test these programs instead of building them
 #   --image DIR    boot this image instead of building one
@@ -17,7 +17,7 @@ while [ $# -gt 0 ]; do case $1 in
   *) sed -n '2,/^set/{s/^# \{0,1\}//p}' "$0"; exit 2 ;;
 esac; done
 need_root
-for tool in qemu-system-x86_64 tor tor-gencert obfs4proxy tcpdump squid dnsmasq dig debugfs; do
+for tool in qemu-system-x86_64 tor tor-gencert obfs4proxy busybox zstd tcpdump squid dnsmasq dig debugfs; do
   command -v "$tool" >/dev/null || { skipped "torvm" "$tool is not installed (scripts/setup.sh)"; summary; exit 0; }
 done
 mkdir -p "$LOGS"
@@ -29,12 +29,13 @@ if [ -z "$image" ]; then
   image=$(target_dir)/torvm-image
   if ! as_builder "$ROOT/scripts/build-torvm-image.sh" --transports --out "$image" >"$LOGS/torvm-image.log" 2>&1; then failed "image"; tail -n 40 "$LOGS/torvm-image.log"; summary; exit 1; fi
 fi
-# The guest alone, then all of it.
-for runner in boot run; do
+# The guest alone, then all of it, then what leaks: probes in the states and under the faults of this backend.
+for runner in boot run leaks; do
+  [ "$runner" != leaks ] || [ -z "$only" ] || continue
   python=(/usr/bin/python3 "$ROOT/tests/torvm/$runner.py" --only "$only")
   [ -n "$("${python[@]}" --list)" ] || continue
   python+=(--image "$image")
-  [ "$runner" = boot ] || python+=(--logs "$LOGS/torvm" --bin-dir "$bin")
+  [ "$runner" = boot ] || python+=(--logs "$LOGS/torvm-$runner" --bin-dir "$bin")
   out=$(mktemp)
   "${python[@]}" 2>&1 | tee "$out"
   add_counts "$(tail -n1 "$out")" || failed "$runner.py gave no figures"

@@ -1,13 +1,13 @@
 #!/bin/bash
 # test.sh: all tests. 'sudo scripts/test.sh'; single parts: test-unit.sh, test-privileged.sh,
-# test-leaks.sh, test-system.sh.
+# test-leaks.sh, test-torvm.sh, test-system.sh.
 set -uo pipefail
 # shellcheck source=scripts/common.sh
 . "$(dirname "$0")/common.sh"
 need_root
 "$ROOT/scripts/setup.sh" || exit 1
 started=$SECONDS
-for part in unit privileged leaks system; do
+for part in unit privileged leaks torvm system; do
   say "== test-$part"
   out=$(mktemp)
   begin=$SECONDS

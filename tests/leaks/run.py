@@ -96,9 +96,9 @@ def one(world, scenario, limit):
     return column
 
 
-def chosen_columns(text):
+def chosen_columns(columns, text):
     """With the anti-tests, without which no row counts."""
-    return [one for one in scenarios.COLUMNS if text in one.name or one.kind == "anti"]
+    return [one for one in columns if text in one.name or one.kind == "anti"]
 
 
 def keep(column, logs, lab):
@@ -111,7 +111,7 @@ def keep(column, logs, lab):
         shutil.copy(f"{lab.dir}/logs/proxyvpnd.log", os.path.join(logs, f"{column.name}-proxyvpnd.log"))
 
 
-def main():
+def arguments():
     parser = argparse.ArgumentParser()
     parser.add_argument("--full", action="store_true", help="every fault as often as it takes to be sure")
     parser.add_argument("--only", default="", help="columns whose name holds this text, and the anti-tests")
@@ -119,30 +119,33 @@ def main():
     parser.add_argument("--json", metavar="FILE", help="write the results to a file, too")
     parser.add_argument("--logs", default="/tmp/proxyvpn-leaks-logs")
     parser.add_argument("--bin-dir", default=os.path.join(os.environ.get("CARGO_TARGET_DIR", f"{ROOT}/target"), "release"))
-    options = parser.parse_args()
+    return parser
+
+
+def measure(options, columns, make):
+    """Runs the columns in the world that `make` makes of a stage; prints the matrix; the exit status."""
     if options.list:
         for probe in probes.PROBES:
             print(f"probe   {probe.name}: {probe.text}")
-        for scenario in scenarios.COLUMNS:
+        for scenario in columns:
             print(f"column  {scenario.name}: {scenario.text}")
         return 0
     signal.signal(signal.SIGALRM, alarm)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     shutil.rmtree(options.logs, ignore_errors=True)
     os.makedirs(options.logs)
-    columns, lost = [], ""
+    done, lost = [], ""
     with tempfile.TemporaryDirectory(prefix="proxyvpn-leaks-") as stage:
         os.chmod(stage, 0o755)
         subprocess.run([f"{ROOT}/scripts/install.sh", "--quiet", "--bin-dir", options.bin_dir, "--destdir", stage], check=True)
-        lab = Lab(f"leaks-{os.getpid()}", stage)
-        world = Timed(lab, options.logs, options.full)
+        world = make(stage)
         try:
             world.up()
             world.start()
-            for scenario in chosen_columns(options.only):
+            for scenario in chosen_columns(columns, options.only):
                 column = one(world, scenario, 1800 if options.full else 120)
-                columns.append(column)
-                keep(column, options.logs, lab)
+                done.append(column)
+                keep(column, options.logs, world.lab)
                 print(matrix.progress(column), flush=True)
                 if column.failures:
                     recover(world)
@@ -151,13 +154,18 @@ def main():
             lost = f"the lab: {error}"
         finally:
             world.down()
-    result = matrix.Matrix(columns, world.broken, lost)
+    result = matrix.Matrix(done, world.broken, lost)
     result.show(options.logs)
     if options.json:
         with open(options.json, "w", encoding="utf-8") as file:
             json.dump(result.data(), file, indent=1)
     print(f"{result.passed} passed, {result.failed} failed, {result.skipped} skipped")
     return 1 if result.failed or not result.passed else 0
+
+
+def main():
+    options = arguments().parse_args()
+    return measure(options, scenarios.COLUMNS, lambda stage: Timed(Lab(f"leaks-{os.getpid()}", stage), options.logs, options.full))
 
 
 def recover(world):

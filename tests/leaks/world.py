@@ -69,8 +69,11 @@ class World:
             ip route add default via 172.30.0.1; ip -6 route add default via 2001:db8:7::1""")
         self.foreign_tables()
         self.plug(self.uplinks[0])
-        self.oracle = wire.Oracle([], {8888})
+        self.oracle = self.make_oracle()
         self.see()
+
+    def make_oracle(self):
+        return wire.Oracle([], {8888})
 
     def in_box(self, script, check=True):
         done = subprocess.run(["nsenter", "-t", str(self.agents["box"].process.pid), "-n", "--", "bash", "-ec", script], capture_output=True, text=True)

@@ -10,7 +10,8 @@ from lab import APP4, APP6, WEB, Lab, expect, until
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 PROFILE = "tor"
-NEIGHBOUR = "192.0.2.3"  # on the machine's local network
+# A local network with private addresses, as most are; the lab's own are from a range that passes for the Internet's.
+OWN, NEIGHBOUR = "192.168.77.2", "192.168.77.3"
 GUEST, HOST = "10.10.10.1", "10.10.10.2"
 SOCKS, CONTROL = 9050, 9051
 STATE_DISK = "state.img"
@@ -28,6 +29,7 @@ class TorLab(Lab):
         with open(f"{self.dir}/tor/network.json", encoding="ascii") as file:
             self.tor = json.load(file)
         self.net("ip", "addr", "add", f"{NEIGHBOUR}/24", "dev", "wan0")
+        self.app("ip", "addr", "add", f"{OWN}/24", "dev", "eth0")
         self.profile()
 
     @property
@@ -96,7 +98,7 @@ class TorLab(Lab):
         """Packets of the machine other than TCP to `allowed`, ARP and neighbour discovery."""
         tcp = " or ".join(f"dst host {address}" for address in allowed) or "less 0"
         return self.packets(
-            f"(src host {APP4} or src host {APP6} or net 10.10.0.0/16) and not (src host {APP4} and tcp and ({tcp}))"
+            f"(src host {APP4} or src host {APP6} or src host {OWN} or net 10.10.0.0/16) and not (src host {APP4} and tcp and ({tcp}))"
             " and not icmp6 and not arp and not dst net 224.0.0.0/4 and not dst net ff00::/8"
         )
 
