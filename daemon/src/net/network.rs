@@ -264,7 +264,12 @@ impl Network {
         if open.tunnel.iter().all(|tunnel| tunnel.gateway.is_none()) {
             return Ok(());
         }
-        let desired = self.filtered.clone().unwrap_or(open);
+        let desired = match self.filtered.clone() {
+            Some(desired) => desired,
+            // What an earlier process left may block more, and knows the device.
+            None if self.firewall_intact().await? => return Ok(()),
+            None => open,
+        };
         self.apply_firewall(&desired).await
     }
 

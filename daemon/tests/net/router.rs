@@ -371,7 +371,12 @@ fn a_router_is_kept_out_as_soon_as_there_is_a_device() {
             assert_eq!(say((PEER, at_peer), None), Ok(()));
             assert_eq!(world.peer.run(|| say((HOST, 7000), None)), Ok(()));
             assert_eq!(router.seen(), BTreeSet::from([format!("6 from {OWN}")]));
-            drop((router, fds));
+            // What is in force is not opened by the next process.
+            drop((router, fds, network));
+            let mut network = open(&world.state).await;
+            let fds = network.create_tunnel(wanted.tunnel.as_ref().unwrap(), 1).await.unwrap();
+            assert!(sh("nft list chain inet proxyvpn postrouting").contains("policy drop"));
+            drop(fds);
             assert!(network.clean_up(Owned::Unexpected).await.errors.is_empty());
             assert_eq!(sh("nft list tables"), "");
         }
