@@ -48,7 +48,7 @@ def connects(lab, times):
     whole, from_qemu = [], []
     for number in range(times):
         begin = time.monotonic()
-        with lab.background("app", "alice", "proxyctl", "connect", PROFILE, stdout=subprocess.DEVNULL) as attempt:
+        with lab.background("app", "alice", "proxyctl", "connect", PROFILE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as attempt:
             until(60, lab.qemu, "QEMU does not start")
             started = time.monotonic()
             if attempt.wait(120):
