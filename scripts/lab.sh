@@ -144,8 +144,8 @@ lab_folder() {
 start_net() {
   start_machine net unshare --mount --net --pid --fork --kill-child --mount-proc --propagation private "$ROOT/scripts/lab.sh" inside-net
 }
-# lab_net_up: only net; the caller brings the wire (wan0 in net), says so by the file 'wired', and awaits readiness
-lab_net_up() { lab_folder; start_net; }
+# lab_net_up [--tor]: only net; the caller brings the wire (wan0 in net), says so by the file 'wired', and awaits readiness
+lab_net_up() { lab_folder; [ "${1:-}" != --tor ] || mkdir "$LAB/tor"; start_net; }
 
 # ---- inside net ----
 as_daemon() { # as_daemon NAME CMD...: in the background of this machine, output to a log; 'lab.sh service' can end and start it

@@ -29,7 +29,12 @@ if ! box up "$BOX" >"$LOGS/box-up.log" 2>&1; then
 fi
 
 # ---- the network: the lab's far end, and a wire into the box
-lab_net_up || { failed "the lab's far end"; summary; exit 1; }
+image=${PROXYVPN_TORVM_IMAGE:-$(target_dir)/torvm-image} no_tor=
+for tool in qemu-system-x86_64 tor; do command -v "$tool" >/dev/null || no_tor="$tool is not installed"; done
+[ -e "$image/manifest.json" ] || no_tor="there is no image (scripts/build-torvm-image.sh)"
+if [ -z "$no_tor" ]; then with_tor=--tor; else with_tor=; fi
+
+lab_net_up $with_tor || { failed "the lab's far end"; summary; exit 1; }
 leader=$(box leader "$BOX")
 nsenter -t "$(lab_pid net)" -n ip link add wan0 type veth peer name eth0 netns "$leader" && : >"$LAB/wired"
 await_ready net
@@ -71,10 +76,11 @@ files >"$LOGS/files.before"; network >"$LOGS/network.before"
 copy_in() {
   tar -C "$ROOT" --exclude=./target --exclude=./.git -c . | nsenter -t "$leader" -a sh -c 'mkdir -p /run/src && tar -x -C /run/src --no-same-owner'
   tar -C "$bin" -c proxyvpnd proxyctl proxyvpn-qemu | nsenter -t "$leader" -a sh -c 'mkdir -p /run/src/bin && tar -x -C /run/src/bin --no-same-owner'
+  [ -n "$no_tor" ] || tar -C "$image" -c . | nsenter -t "$leader" -a sh -c 'mkdir -p /run/src/image && tar -x -C /run/src/image --no-same-owner'
 }
 check "the sources are in the box" copy_in
-if ! check "install.sh" root /run/src/scripts/install.sh --bin-dir /run/src/bin; then summary; exit 1; fi
-check "install.sh again changes nothing and succeeds" root /run/src/scripts/install.sh --quiet --bin-dir /run/src/bin
+if ! check "install.sh" root /run/src/scripts/install.sh --bin-dir /run/src/bin ${with_tor:+--torvm-image /run/src/image}; then summary; exit 1; fi
+check "install.sh again changes nothing and succeeds" root /run/src/scripts/install.sh --quiet --bin-dir /run/src/bin ${with_tor:+--torvm-image /run/src/image}
 user_made() { root sh -c 'id proxyvpn && id proxyvpn-qemu && [ "$(stat -c "%a %U" /etc/proxyvpn/profiles.d)" = "755 root" ]'; }
 check "its users and folder are there" user_made
 
@@ -195,6 +201,11 @@ check "it goes on with the connection after that and after systemctl restart" ba
 # ---- lockdown
 # shellcheck source=tests/system/lockdown.sh
 . "$ROOT/tests/system/lockdown.sh"
+
+# ---- Tor in a virtual machine
+# shellcheck source=tests/system/torvm.sh
+. "$ROOT/tests/system/torvm.sh"
+if [ -z "$no_tor" ]; then tor_checks; else skipped "Tor in a virtual machine" "$no_tor"; fi
 
 # ---- the end
 stop() { root systemctl stop proxyvpnd.service </dev/null; network >"$LOGS/network.after"; diff "$LOGS/network.before" "$LOGS/network.after"; }
