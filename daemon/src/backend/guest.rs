@@ -14,7 +14,7 @@ use tokio::task::JoinHandle;
 use tokio::time::{Instant, sleep_until};
 
 use crate::machine::Failure;
-use crate::tor::{self, Control, Password, hint};
+use crate::tor::{self, Control, NewIdentity, Password, hint};
 use crate::vm::{self, Vm};
 
 /// Where Tor is controlled.
@@ -22,7 +22,7 @@ pub(super) const CONTROL: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(GUES
 /// Tor opens its port some moments after its start.
 const AGAIN: Duration = Duration::from_millis(300);
 /// A virtual machine that runs, and whose Tor can't be asked for so long, is of no use.
-const UNREACHABLE: Duration = Duration::from_secs(30);
+const UNREACHABLE: Duration = Duration::from_secs(60);
 /// Without any change for so long, a hint is given.
 const SLOW: Duration = Duration::from_secs(20);
 
@@ -247,7 +247,9 @@ impl Guest {
     fn show(&self) {
         let slow = self.changed.elapsed() >= SLOW;
         let progress = &self.progress;
-        let hint = if slow || self.skew.is_some() || progress.recommendation == "warn" {
+        let hint = if self.is_ready() {
+            String::new()
+        } else if slow || self.skew.is_some() || progress.recommendation == "warn" {
             hint::hint(progress, self.skew, self.way)
         } else {
             String::new()
@@ -327,7 +329,13 @@ impl TorSlot {
     /// Has connections from now on take other ways.
     pub(super) async fn new_identity(&self) -> Result<(), Failure> {
         let asked = self.control().await?.new_identity().await;
-        asked.map(drop).map_err(|error| Failure::from_error(ReasonCode::VmFailed, &error))
+        match asked.map_err(|error| Failure::from_error(ReasonCode::VmFailed, &error))? {
+            NewIdentity::Now => {}
+            NewIdentity::Within(time) => {
+                tracing::info!(target: "torvm", "Tor gives a new identity within {} s: the last one is young", time.as_secs());
+            }
+        }
+        Ok(())
     }
 
     /// The ways through the Tor network.
