@@ -21,7 +21,9 @@ same_vm() { # ACTION...: the virtual machine outlives it, and carries on
   "$@" || return 1
   back || return 1
   after=$(qemu_pid); [ "$after" = "$before" ] || { echo "QEMU was $before and is ${after:-none}"; return 1; }
-  by_exit http://web.lab.test/
+  # Tor finds out with the next packet that its connections are gone
+  reached() { by_exit http://web.lab.test/; }
+  wait_for 30 reached
 }
 kill_qemu() {
   local pid; pid=$(qemu_pid); [ "${pid:-0}" -gt 1 ] || { echo "no QEMU runs"; return 1; }
@@ -40,7 +42,7 @@ stopped_for_good() {
 orderly() { # the guest powers off, and its disk is clean
   box as "$BOX" alice proxyctl disconnect </dev/null || return 1
   wait_for 5 no_qemu || { echo "QEMU runs on"; return 1; }
-  nsenter -t "$leader" -m cat /var/lib/proxyvpn/torvm/state.img >"$LOGS/state.img" && e2fsck -fn "$LOGS/state.img"; local clean=$?
+  nsenter -t "$leader" -m cat /var/lib/proxyvpn/state.img >"$LOGS/state.img" && e2fsck -fn "$LOGS/state.img"; local clean=$?
   rm -f "$LOGS/state.img"; return "$clean"
 }
 tor_checks() {

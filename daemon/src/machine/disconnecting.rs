@@ -33,16 +33,18 @@ impl Disconnecting {
             tracing::error!("cannot record that nothing is wanted: {error}");
         }
         let mut reason = self.reason;
+        let machine = !context.world.facts().accelerator.0.is_empty();
+        let first = if machine { Ending::Shutdown } else { Ending::RestoreNetwork };
         let summary = if context.locked() {
             if reason.code == ReasonCode::Requested.as_str() {
                 reason.text = "Disconnected on request; lockdown is on, so nothing leaves until you connect".to_owned();
             }
             "Closing the network"
         } else {
-            Ending::RestoreNetwork.summary()
+            first.summary()
         };
         context.enter(State::Disconnecting, reason.clone(), None);
-        context.progress(Ending::RestoreNetwork.as_str(), 0, summary);
+        context.progress(first.as_str(), 0, summary);
         // The first who wants to connect again gets it when this is done: a call that starts the daemon comes this early.
         let mut next: Option<(Box<Request>, Reply)> = None;
         context.unsettled = {

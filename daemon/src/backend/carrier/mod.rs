@@ -487,12 +487,14 @@ impl World for Carrier {
                     continue;
                 }
                 Some(Event::UpstreamWorking) => return Fault::UpstreamWorking,
-                Some(Event::DeviceLost(error)) => self.last_words().await.unwrap_or_else(|| {
-                    Failure::new(
-                        ReasonCode::DeviceLost,
-                        format!("The tunnel device is gone ({error}); it is made anew"),
-                    )
-                }),
+                Some(Event::DeviceLost(error)) => {
+                    let text = format!("The tunnel device is gone ({error}); it is made anew");
+                    let failure = Failure::new(ReasonCode::DeviceLost, text);
+                    self.broken = Some(failure.clone());
+                    let nearer = self.last_words().await;
+                    self.broken = None;
+                    nearer.unwrap_or(failure)
+                }
                 Some(Event::Failed(cause)) => Failure::new(
                     ReasonCode::EngineFailed,
                     format!("The packet engine stopped ({cause}); it is started anew"),

@@ -8,6 +8,7 @@ use std::time::Duration;
 use proxyvpn_dbus::ReasonCode;
 use proxyvpn_engine::Engine;
 use proxyvpn_engine::config::{Config, Limits, Link};
+use proxyvpn_engine::upstream::Upstream;
 use proxyvpn_torvm::launch::Accelerator;
 use proxyvpn_torvm::link;
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
@@ -103,6 +104,10 @@ impl Carrier {
         let config = told::find(spec, control_password, &resolvers).await?;
         let mut connector = (*self.connector()?).clone();
         told::restrict(&mut connector, &config);
+        // A name may lead to this machine.
+        if let (Upstream::HttpConnect(proxy), Some(desired)) = (&connector.upstream, &mut self.desired) {
+            desired.exceptions.services.clone_from(&proxy.addresses);
+        }
         self.connector = Some(Arc::new(connector));
         self.told = Some((password, config));
         Ok(())
