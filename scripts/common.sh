@@ -61,6 +61,12 @@ build_release() {
   use_cargo
   cargo_run build --release --locked --quiet -p proxyvpnd -p proxyctl -p proxyvpn-qemu
 }
+# build_torvm_image: into target/torvm-image, as the user behind sudo; nothing if what it is made from has not changed since.
+build_torvm_image() {
+  local made; made=$(target_dir)/torvm-image/manifest.json
+  if [ -e "$made" ] && [ -z "$(find "$ROOT"/torvm "$ROOT/scripts/build-torvm-image.sh" "$ROOT/Cargo.lock" -newer "$made" -print -quit)" ]; then return 0; fi
+  as_builder "$ROOT/scripts/build-torvm-image.sh"
+}
 
 # Results of a test script. check NAME CMD... runs one check, keeps its log and shows it only when it fails.
 PASSED=0 FAILED=0 SKIPPED=0

@@ -2,11 +2,13 @@
 # demo.sh: proxyvpn's main job on this machine, in namespaces of its own: 'sudo scripts/demo.sh'. Installs what it needs, builds, and
 # shows step by step, each one checked, that a user without root puts a whole machine behind a real proxy. Nothing of this machine's
 # own network changes. Run again it takes seconds.
-#   --torvm   instead: behind Tor in a virtual machine, with a private Tor network
+#   --torvm   instead: that she puts it behind Tor in a virtual machine, with a private Tor network (scripts/demo-torvm.sh)
 set -euo pipefail
 cd "$(dirname "$0")/.."
+torvm=
 case ${1:-} in
-  '' | --torvm) which=${1:-} ;;
+  '') ;;
+  --torvm) torvm=1 ;;
   *) sed -n '2,/^set /s/^# \{0,1\}//p' "$0" | sed '$d'; exit 2 ;;
 esac
 PVLAB_ID=demo-$$
@@ -42,14 +44,13 @@ say "    (the first run installs packages and builds, which takes some minutes)"
 scripts/setup.sh >/dev/null
 ok "this machine has what building and testing need (scripts/setup.sh)"
 build_release || fail "the build failed"
-scripts/install.sh --quiet --bin-dir "$(target_dir)/release" --destdir "$stage" || fail "install.sh"
-ok "proxyvpnd and proxyctl are built"
-
-if [ "$which" = --torvm ]; then
+if [ -n "$torvm" ]; then
   # shellcheck source=scripts/demo-torvm.sh
   . scripts/demo-torvm.sh
-  exit 0
+  exit
 fi
+scripts/install.sh --quiet --bin-dir "$(target_dir)/release" --destdir "$stage" || fail "install.sh"
+ok "proxyvpnd and proxyctl are built"
 
 lab_up --stage "$stage"
 ok "namespaces: a machine with its own system bus and polkitd; beyond a wire squid with a password, web servers, DNS, a sniffer"
