@@ -1,169 +1,271 @@
-"""How fast the TorVM is: torvm.py --stage DIR --image DIR [--quick] [--json FILE]. Needs root; see scripts/bench.sh --torvm.
-
-Everything is in the lab of the tests (tests/torvm), with its private Tor network, whose relays share this machine's processors with the
-virtual machine: what is measured is a lower bound. Ends with 'bench: ok'.
-"""
+"""How fast the TorVM is; see scripts/bench.sh --torvm. All of it runs in the lab of the tests, whose private Tor network takes the same
+processors. So programs are compared within one round: the same download by a Tor that runs on the machine itself, and by the TorVM."""
 
 import argparse
+import contextlib
 import json
 import os
 import re
-import statistics
+import shutil
 import subprocess
 import sys
 import tempfile
 import time
+from statistics import median
 
 sys.dont_write_bytecode = True  # root leaves nothing among the sources
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path[:0] = [f"{ROOT}/tests/e2e", f"{ROOT}/tests/torvm"]
 import guest  # noqa: E402
-from image import BUSYBOX, altered, content  # noqa: E402
-from lab import WEB, Failed, until  # noqa: E402
-from torlab import PROFILE, TorLab  # noqa: E402
+from lab import WEB, expect, until  # noqa: E402
+from report import aligned, plain  # noqa: E402
+from rig import busy_share, end_on_signals, expect_nothing_left, machine, today  # noqa: E402
+from torlab import CONNECT_SECONDS, GUEST, PROFILE, SOCKS, TorLab, native_client  # noqa: E402
 
 MIB = 1 << 20
-# Tor's place in the guest: bytes for whoever connects, without Tor.
-SOURCE = """#!/usr/bin/busybox sh
-while :; do /usr/bin/busybox nc -l -p 9095 </dev/zero >/dev/null 2>&1; done
-"""
+TICKS = os.sysconf("SC_CLK_TCK")
+# Of the native Tor, whose user goes around the TorVM; and of the downloads through the TorVM.
+NATIVE, TUNNELLED = "alice", "mallory"
+WAYS = ("native", "socks", "trans")
 
 
-def starts(image, times):
-    """Seconds from QEMU's start to the guest's init, its network, and Tor's start."""
-    seen = {"init": [], "network": [], "tor": []}
-    with tempfile.TemporaryDirectory() as folder:
-        disk = guest.blank(f"{folder}/disk")
-        for _ in range(times):
-            with guest.Machine(image, folder, disk, memory=128) as machine:
-                machine.wait("tor", 60)
-                for at, said in machine.said:
-                    if said["status"] in seen:
-                        seen[said["status"]].append(at)
-    return {name: statistics.median(all_) for name, all_ in seen.items()}
+def say(text):
+    print(f"bench: {text} (load {os.getloadavg()[0]:.1f})", file=sys.stderr, flush=True)
 
 
-def connects(lab, times):
-    """Seconds from `proxyctl connect` to its end, and from QEMU's start to 100 %; the last stays connected."""
-    whole, from_qemu = [], []
-    for number in range(times):
-        begin = time.monotonic()
-        with lab.background("app", "alice", "proxyctl", "connect", PROFILE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as attempt:
-            until(60, lab.qemu, "QEMU does not start")
-            started = time.monotonic()
-            if attempt.wait(120):
-                raise Failed("proxyctl connect failed")
-        whole.append(time.monotonic() - begin)
-        from_qemu.append(time.monotonic() - started)
-        if number < times - 1:
-            lab.disconnect()
-            until(10, lambda: lab.qemu() is None, "QEMU does not end")
-    return statistics.median(whole), statistics.median(from_qemu)
-
-
-def rate(lab, url, *args, seconds):
-    """MiB per second of a fetch that is cut off after some seconds."""
-    said = lab.alice("curl", "-sS", "--max-time", str(seconds), "-o", "/dev/null", "-w", "%{size_download} %{time_total} %{time_starttransfer}", *args, url,
-                     check=False, timeout=seconds + 20).stdout
-    figures = re.search(r"(\d+) ([\d.]+) ([\d.]+)$", said)
-    if not figures or int(figures[1]) < MIB:
-        raise Failed(f"{url}: {said}")
-    return int(figures[1]) / (float(figures[2]) - float(figures[3])) / MIB
+def stat(pid):
+    """Fields of /proc/PID/stat from the state on."""
+    with open(f"/proc/{pid}/stat", encoding="ascii", errors="replace") as file:
+        return file.read().rpartition(")")[2].split()
 
 
 def cpu(pid):
-    with open(f"/proc/{pid}/stat", encoding="ascii") as file:
-        fields = file.read().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    """Seconds of processor."""
+    user, system = stat(pid)[11:13]
+    return (int(user) + int(system)) / TICKS
 
 
 def rss(pid):
-    with open(f"/proc/{pid}/status", encoding="ascii") as file:
-        return int(re.search(r"VmRSS:\s+(\d+) kB", file.read())[1]) / 1024
+    with open(f"/proc/{pid}/status", encoding="ascii", errors="replace") as file:
+        return int(re.search(r"^VmRSS:\s+(\d+) kB", file.read(), re.MULTILINE)[1]) / 1024
 
 
-def idle(pids, seconds):
-    """Percent of a core that each takes with nothing to do."""
-    before, begin = [cpu(pid) for pid in pids], time.monotonic()
-    time.sleep(seconds)
-    return [100 * (cpu(pid) - was) / (time.monotonic() - begin) for pid, was in zip(pids, before, strict=True)]
+def now():
+    """On the clock of a process's start."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME)
 
 
-def outside(lab, pid):
-    """A process of the machine under test by its number outside."""
+def processes(lab, program):
+    """Numbers, as this machine has them, of the lab's processes that run this program of the stage, or QEMU."""
+    found = []
     for name in filter(str.isdigit, os.listdir("/proc")):
-        try:
-            with open(f"/proc/{name}/status", encoding="utf-8", errors="replace") as file:
-                numbers = re.search(r"^NSpid:\s+(.*)$", file.read(), re.MULTILINE)
-            if numbers and numbers[1].split()[-1] == pid and os.path.samefile(f"/proc/{name}/ns/pid", f"/proc/{lab.pids['app']}/ns/pid"):
-                return int(name)
-        except OSError:
-            continue
-    raise Failed("the daemon is gone")
+        with contextlib.suppress(OSError):
+            with open(f"/proc/{name}/cmdline", "rb") as file:
+                first = file.read().split(b"\0")[0].decode(errors="replace")
+            parent = int(name)
+            while first.startswith((program, f"/usr/bin/{program}", f"{lab.stage}/usr/libexec/proxyvpn/{program}")) and parent > 1:
+                if parent == int(lab.pids["app"]):
+                    found.append(int(name))
+                    break
+                parent = int(stat(parent)[1])
+    return found
 
 
-def tap_without_tor(lab, seconds):
-    """The TAP device alone: a guest that sends bytes where Tor would be."""
-    files = {"usr/bin/busybox": (content(BUSYBOX), 0o755), "usr/bin/tor": (SOURCE.encode(), 0o755)}
-    with altered(lab, files) as image:
+def qemu(lab):
+    found = processes(lab, "qemu-system-x86_64")
+    return found[0] if found else None
+
+
+class Figures:
+    """What was measured, of all rounds."""
+
+    def __init__(self):
+        self.values, self.what = {}, {}
+
+    def add(self, name, what, unit, value):
+        self.values.setdefault(name, []).append(value)
+        self.what[name] = (what, unit)
+
+    def median(self, name):
+        return median(self.values[name])
+
+    def table(self):
+        lines = [["", "median", "least..most", ""]]
+        for name, (what, unit) in self.what.items():
+            values = self.values[name]
+            lines.append([what, plain(median(values)), f"{plain(min(values))}..{plain(max(values))}" if len(values) > 1 else "", unit])
+        return aligned(lines)
+
+    def json(self):
+        return {
+            name: {"what": what, "unit": unit, "median": self.median(name), "all": self.values[name]}
+            for name, (what, unit) in self.what.items()
+        }
+
+
+def start_alone(figures, image, folder):
+    """The guest by itself: no daemon, no Tor network."""
+    with guest.Machine(image, folder, guest.blank(f"{folder}/disk"), memory=128) as booted:
+        for status, what in ("init", "its PID 1 runs"), ("network", "its network is there"), ("tor", "Tor is started"):
+            figures.add(f"start_{status}", f"QEMU's start until {what}", "s", booted.wait(status, 60)[0])
+        figures.add("start_cpu", "  CPU of QEMU until Tor is started", "s", booted.cpu())
+
+
+def connect(figures, lab):
+    begin, at = now(), {}
+    with lab.background("app", "alice", "proxyctl", "connect", PROFILE, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as attempt:
+        for line in attempt.stderr:
+            if said := re.match(r"Tor (\d+)%", line):
+                at.setdefault(int(said[1]), now())
+        expect(attempt.wait(CONNECT_SECONDS) == 0, "proxyctl connect failed")
+    whole = now() - begin
+    expect(at, "proxyctl connect did not tell how far Tor is")
+    started = int(stat(qemu(lab))[19]) / TICKS
+    figures.add("tor_answers", "QEMU's start until Tor answers the daemon", "s", min(at.values()) - started)
+    figures.add("bootstrap", "QEMU's start until 100 %", "s", begin + whole - started)
+    figures.add("connect", "proxyctl connect, all of it", "s", whole)
+
+
+def disconnect(figures, lab):
+    begin = now()
+    lab.disconnect()
+    figures.add("disconnect", "proxyctl disconnect", "s", now() - begin)
+    until(10, lambda: qemu(lab) is None, "QEMU does not end")
+
+
+def download(lab, user, size, *args):
+    """MiB per second from the first byte to the last."""
+    said = lab.run("app", user, "curl", "-sS", "--max-time", "120", "-o", "/dev/null", "-w", "%{size_download} %{time_starttransfer} %{time_total}",
+                   *args, f"http://{WEB}/bytes/{size}", timeout=130).stdout.split()
+    expect(int(said[0]) == size, f"{said[0]} bytes came, not {size}")
+    return size / MIB / (float(said[2]) - float(said[1]))
+
+
+@contextlib.contextmanager
+def native_tor(lab):
+    directory = f"{lab.dir}/home/{NATIVE}/tor"
+    with lab.background("app", NATIVE, *native_client(lab, directory), "--Log", f"notice file {directory}/log", stdout=subprocess.DEVNULL):
+        until(60, lambda: "Bootstrapped 100%" in lab.alice("cat", f"{directory}/log", check=False).stdout, "the native Tor does not get to 100 %")
+        yield
+
+
+def round_of_downloads(figures, lab, size, pids):
+    rates = {}
+    before = {}
+    for way in WAYS:
+        if way == "trans":
+            before = {name: cpu(pid) for name, pid in pids.items()}
+        user, args = {
+            "native": (NATIVE, ("--proxy", "socks5h://127.0.0.1:9150")),
+            "socks": (TUNNELLED, ("--proxy", f"socks5h://{GUEST}:{SOCKS}")),
+            "trans": (TUNNELLED, ()),
+        }[way]
+        rates[way] = download(lab, user, size, *args)
+    for name, pid in pids.items():
+        figures.add(f"{name}_cpu", f"  CPU of {name}, for 100 MiB through Tor", "s", (cpu(pid) - before[name]) * 100 * MIB / size)
+    figures.add("native", "download by a Tor of the machine itself", "MiB/s", rates["native"])
+    figures.add("socks", "download through the TorVM by SOCKS", "MiB/s", rates["socks"])
+    figures.add("trans", "download through the TorVM, without settings", "MiB/s", rates["trans"])
+    figures.add("socks_ratio", "  by SOCKS ÷ native, same round", "", rates["socks"] / rates["native"])
+    figures.add("trans_ratio", "  without settings ÷ native, same round", "", rates["trans"] / rates["native"])
+
+
+def idle(figures, pids, seconds):
+    before, begin = {name: cpu(pid) for name, pid in pids.items()}, now()
+    time.sleep(seconds)
+    for name, pid in pids.items():
+        figures.add(f"{name}_idle", f"CPU of {name} with nothing to do, of a core", "%", 100 * (cpu(pid) - before[name]) / (now() - begin))
+
+
+@contextlib.contextmanager
+def without_tor(image, program):
+    """A copy of the image with this program in Tor's place."""
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o755)
+        shutil.copytree(image, folder, dirs_exist_ok=True)
+        with open(program, "rb") as file:
+            guest.changed(image, f"{folder}/initramfs", [("usr/bin/tor", 0o100755, file.read())])
+        with open(f"{folder}/manifest.json", encoding="utf-8") as file:
+            manifest = json.load(file)
+        digest = subprocess.run(["sha256sum", f"{folder}/initramfs"], capture_output=True, text=True, check=True).stdout.split()[0]
+        manifest["initramfs"] |= {"sha256": digest, "size": os.path.getsize(f"{folder}/initramfs")}
+        with open(f"{folder}/manifest.json", "w", encoding="utf-8") as file:
+            json.dump(manifest, file)
+        yield folder
+
+
+def tap(figures, lab, options, rounds, seconds):
+    """The TAP device and the machine's virtual network device alone, through the daemon's firewall and the guest's."""
+    with without_tor(options.image, f"{options.bin}/guest") as image:
         lab.daemon(image=image)
         with lab.background("app", "alice", "proxyctl", "connect", PROFILE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL):
-            until(90, lambda: lab.status()["phase"] == "wait-bootstrap", "the guest has no network")
-            time.sleep(2)
-            result = rate(lab, f"http://{WEB}/", "--http0.9", seconds=seconds)
+            until(CONNECT_SECONDS, lambda: lab.status()["phase"] == "wait-bootstrap", "the guest's network does not come")
+
+            def load(mode, length):
+                said = lab.app(f"{options.bin}/load", "bulk", "-t", f"{WEB}:80", "-m", mode, "-n", "1", "-d", str(length), check=False, timeout=60)
+                return json.loads(said.stdout.splitlines()[-1]) if said.returncode == 0 else None
+
+            until(20, lambda: load("D", 0.1), "nothing answers in Tor's place")
+            for _ in range(rounds):
+                for mode, what in ("D", "down"), ("U", "up"):
+                    done = load(mode, seconds)
+                    expect(done, "a transfer without Tor failed")
+                    figures.add(f"tap_{what}", f"TAP device and guest without Tor, {what}", "Mbit/s", done["gbps"] * 1000)
         lab.disconnect()
         lab.daemon_stop()
-    return result
 
 
 def main():
     parser = argparse.ArgumentParser()
-    parser.add_argument("--stage", required=True)
-    parser.add_argument("--image", required=True)
+    for name, what in ("bin", "of the bench's programs"), ("stage", "made by install.sh --destdir"), ("image", "of build-torvm-image.sh"):
+        parser.add_argument(f"--{name}", required=True, metavar="DIR", help=what)
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--json", metavar="FILE")
     options = parser.parse_args()
-    times, seconds = (1, 5) if options.quick else (5, 20)
-    figures = {}
-
-    def show(name, value, unit, what):
-        figures[name] = {"value": round(value, 3), "unit": unit, "what": what}
-        print(f"{what:<58} {value:10.2f} {unit}", flush=True)
-
-    alone = starts(options.image, times)
-    show("init", alone["init"], "s", "QEMU's start to PID 1 (TCG)")
-    show("network", alone["network"], "s", "QEMU's start to the guest's network")
-    show("tor-started", alone["tor"], "s", "QEMU's start to Tor's start")
-    lab = TorLab(f"torbench-{os.getpid()}", options.stage, options.image)
+    end_on_signals()
+    starts, rounds, size, seconds = (3, 3, 8 * MIB, 2) if options.quick else (7, 7, 32 * MIB, 5)
+    name = "torvm-bench"
+    expect_nothing_left(name, options.bin)
+    about = f"{machine()}, {today()}, other load before {100 * busy_share():.0f} %"
+    figures = Figures()
+    say(f"the guest alone, {starts} times")
+    with tempfile.TemporaryDirectory() as folder:
+        for _ in range(starts):
+            start_alone(figures, options.image, folder)
+    lab = TorLab(name, options.stage, options.image)
     try:
         lab.up()
+        lab.profile()
+        lab.app("tee", "-a", f"/etc/proxyvpn/profiles.d/{PROFILE}.toml", data=f'[bypass]\nusers = ["{NATIVE}"]\n')
         lab.daemon()
-        whole, from_qemu = connects(lab, times)
-        show("bootstrap", from_qemu, "s", "QEMU's start to Tor at 100 %")
-        show("connect", whole, "s", "proxyctl connect, all of it")
-        time.sleep(3)
-        show("tor-throughput", statistics.median(rate(lab, f"http://{WEB}/bytes/{1 << 30}", seconds=seconds) for _ in range(3)), "MiB/s", "one download through the TAP device and Tor")
-        pids = lab.qemu(), outside(lab, lab.daemon_pid())
-        show("qemu-rss", rss(pids[0]), "MiB", "memory of QEMU (guest of 128 MiB)")
-        show("daemon-rss", rss(pids[1]), "MiB", "memory of proxyvpnd")
-        time.sleep(2)
-        shares = idle(pids, seconds)
-        show("qemu-idle", shares[0], "%", "QEMU with nothing to do, of a core")
-        show("daemon-idle", shares[1], "%", "proxyvpnd with nothing to do, of a core")
-        begin = time.monotonic()
-        lab.disconnect()
-        until(10, lambda: lab.qemu() is None, "QEMU does not end")
-        show("disconnect", time.monotonic() - begin, "s", "disconnect until the virtual machine is off")
+        say(f"connecting, {starts} times")
+        for number in range(starts):
+            if number:
+                disconnect(figures, lab)
+            connect(figures, lab)
+        pids = {"QEMU": qemu(lab), "proxyvpnd": processes(lab, "proxyvpnd")[-1]}
+        figures.add("rss_start", "memory (RSS) of QEMU with a machine of 128 MiB, at 100 %", "MiB", rss(pids["QEMU"]))
+        say("30 s with nothing to do")
+        idle(figures, pids, 30)
+        say(f"downloads, {rounds} rounds")
+        with native_tor(lab):
+            for _ in range(rounds):
+                round_of_downloads(figures, lab, size, pids)
+        figures.add("rss_qemu", "memory (RSS) of QEMU after the downloads", "MiB", rss(pids["QEMU"]))
+        figures.add("rss_daemon", "memory (RSS) of proxyvpnd", "MiB", rss(pids["proxyvpnd"]))
+        figures.add("rss_launcher", "memory (RSS) of the launcher's processes", "MiB", sum(rss(pid) for pid in processes(lab, "proxyvpn-qemu")))
+        disconnect(figures, lab)
         lab.daemon_stop()
-        show("tap-throughput", tap_without_tor(lab, seconds), "MiB/s", "one download through the TAP device, from the guest itself")
+        say("without Tor")
+        tap(figures, lab, options, rounds, seconds)
     finally:
         lab.down()
+    print(f"{about}; accelerator tcg\n\n{figures.table()}")
     if options.json:
         with open(options.json, "w", encoding="utf-8") as file:
-            json.dump(figures, file, indent=1)
+            json.dump({"machine": about, "figures": figures.json()}, file, indent=1)
     print("bench: ok")
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

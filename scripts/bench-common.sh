@@ -31,6 +31,11 @@ compile_bench() {
   compile relay relay.c common.c
   compile tunpair tunpair.c common.c
 }
+compile_guest() { # static: nothing else of it is in the TorVM
+  local flags=(-std=gnu11 -O2 -Wall -Wextra -Werror -pthread) object=$work/guest-server.o
+  cc "${flags[@]}" -Dmain=server -c -o "$object" "$ROOT/bench/server.c" || die "bench/server.c does not compile"
+  cc "${flags[@]}" -static -o "$work/guest" "$ROOT/bench/guest.c" "$object" "$ROOT/bench/common.c" || die "bench/guest.c does not compile"
+}
 compile() { # compile NAME SOURCE...
   local name=$1; shift
   cc -std=gnu11 -O2 -Wall -Wextra -Werror -pthread -o "$work/$name" "${@/#/$ROOT/bench/}" || die "bench/$name does not compile"

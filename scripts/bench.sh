@@ -8,7 +8,7 @@
 #                  the same share of each program's. On a wire without loss cubic does what reno does, but not every kernel allows it here
 #   --json FILE    write everything that was measured, too
 #   --only A,B     only these of: direct connect tuns proxyvpn redsocks tun2proxy
-#   --torvm        instead: the TorVM backend (with --quick and --json): its start, throughput, memory, CPU with nothing to do
+#   --torvm        instead: the TorVM's start, throughput, memory and CPU, in a private Tor network (only with --quick and --json)
 #   --with-peers   fetch redsocks (Debian's package, unpacked, not installed) and tun2proxy (cargo install, takes minutes) if they are not
 #                  here; they are kept in target/peers
 #
@@ -36,8 +36,9 @@ only_one bench
 expect_congestion "$congestion"
 build_all bench
 if [ -n "$torvm" ]; then
-  "$ROOT/scripts/build-torvm-image.sh" --out "$(target_dir)/torvm-image" >/dev/null || die "the image was not built"
-  run_python "$ROOT/bench/torvm.py" --stage "$work/stage" --image "$(target_dir)/torvm-image" "${quick[@]}" ${json:+--json "$json"}
+  build_torvm_image || die "the TorVM's image was not built"
+  compile_guest
+  run_python "$ROOT/bench/torvm.py" --bin "$work" --stage "$work/stage" --image "$(target_dir)/torvm-image" "${quick[@]}" ${json:+--json "$json"}
 fi
 
 peers=() kept=$(target_dir)/peers
