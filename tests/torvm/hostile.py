@@ -8,7 +8,7 @@ import subprocess
 
 from image import BUSYBOX, altered, content
 from lab import APP4, FAILURE, PYTHON, WEB, equal, expect, test, until
-from torlab import HOST, NEIGHBOUR, OWN, PROFILE
+from torlab import HOST, NEIGHBOUR, OWN, PROFILE, PUBLIC_NEIGHBOUR
 
 ENGINE = "10.10.11.1"  # the guest's gateway
 
@@ -83,15 +83,16 @@ def drill(lab):
     targets = [
         *(f"{HOST}:{port}" for port in (22, 53, 9999)), *(f"{address}:{port}" for address in (APP4, OWN) for port in (22, 9999)),  # the machine
         f"{ENGINE}:22", f"{ENGINE}:9999", "127.0.0.1:22", "127.0.0.1:9999",  # by the packet engine's address
-        f"{NEIGHBOUR}:80", f"{NEIGHBOUR}:22",  # its network
+        f"{NEIGHBOUR}:80", f"{NEIGHBOUR}:22", f"{PUBLIC_NEIGHBOUR}:80",  # its networks
         "169.254.169.254:80", "0.0.0.0:22",
         f"{relay}:9001",
     ]
     scan = SCAN.replace("TARGETS", " ".join(targets))
     opened = OPEN.replace("NEIGHBOUR", NEIGHBOUR).replace("HOST", HOST).replace("WEB", WEB).replace("ENGINE", ENGINE)
     files = {"usr/bin/busybox": (content(BUSYBOX), 0o755), "usr/bin/tor": (scan.encode(), 0o755), "usr/bin/nft": (opened.encode(), 0o755)}
-    body = lab.app("curl", "-sS", "--max-time", "5", f"http://{NEIGHBOUR}/").stdout
-    expect("hello from" in body, f"anti-test: the machine itself does not reach its neighbour: {body}")
+    for neighbour in NEIGHBOUR, PUBLIC_NEIGHBOUR:
+        body = lab.app("curl", "-sS", "--max-time", "5", f"http://{neighbour}/").stdout
+        expect("hello from" in body, f"anti-test: the machine itself does not reach its neighbour {neighbour}: {body}")
     with altered(lab, files) as image, lab.background("app", None, PYTHON, "-c", LISTENER, stdout=subprocess.PIPE, text=True) as listener:
         lab.daemon_stop()
         lab.daemon(image=image)
@@ -107,7 +108,7 @@ def drill(lab):
     expect(not reached, f"the guest reached {reached}")
     expect(len([line for line in report if line.startswith("nothing")]) == len(targets) - 1 + 5, f"not all was tried: {report}")
     expect(not connected, f"a server on the machine was reached from {connected}")
-    seen = [line for line in lab.around(lab.relays)[wire:] if NEIGHBOUR in line]
+    seen = [line for line in lab.around(lab.relays)[wire:] if NEIGHBOUR in line or PUBLIC_NEIGHBOUR in line]
     expect(not seen, f"on the wire: {seen[:5]}")
 
 

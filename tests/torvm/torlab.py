@@ -12,6 +12,7 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 PROFILE = "tor"
 # A local network with private addresses, as most are; the lab's own are from a range that passes for the Internet's.
 OWN, NEIGHBOUR = "192.168.77.2", "192.168.77.3"
+PUBLIC_NEIGHBOUR = "192.0.2.3"
 GUEST, HOST = "10.10.10.1", "10.10.10.2"
 SOCKS, CONTROL = 9050, 9051
 STATE_DISK = "state.img"
@@ -29,6 +30,7 @@ class TorLab(Lab):
         with open(f"{self.dir}/tor/network.json", encoding="ascii") as file:
             self.tor = json.load(file)
         self.net("ip", "addr", "add", f"{NEIGHBOUR}/24", "dev", "wan0")
+        self.net("ip", "addr", "add", f"{PUBLIC_NEIGHBOUR}/32", "dev", "wan0")
         self.app("ip", "addr", "add", f"{OWN}/24", "dev", "eth0")
         self.profile()
 

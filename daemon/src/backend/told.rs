@@ -2,6 +2,7 @@
 
 use std::net::{IpAddr, Ipv4Addr, SocketAddrV4};
 
+use ipnet::IpNet;
 use proxyvpn_dbus::ReasonCode;
 use proxyvpn_engine::upstream::{Connector, NOT_FOR_GUESTS};
 use proxyvpn_torvm::config::{GuestConfig, HashedPassword, Host, Login, Proxy};
@@ -31,11 +32,12 @@ pub(super) async fn find(
     Ok(GuestConfig { control_password, tor: spec.tor.clone(), proxy, hosts })
 }
 
-/// Lets the guest reach what its Tor has to, and nothing else.
-pub(super) fn restrict(connector: &mut Connector, config: &GuestConfig) {
+/// Lets the guest reach what its Tor has to, and nothing else: above all nobody near, whatever addresses the networks `on_link` have.
+pub(super) fn restrict(connector: &mut Connector, config: &GuestConfig, on_link: Vec<IpNet>) {
     connector.only = config.contacts();
     if connector.only.is_none() {
         connector.refused.extend(NOT_FOR_GUESTS);
+        connector.refused.extend(on_link);
     }
 }
 

@@ -9,6 +9,8 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicU32;
 use std::time::Instant;
 
+use ipnet::IpNet;
+
 use super::desired::{Desired, Exceptions, Forward, Locked, Tunnel};
 use super::devices::Devices;
 use super::firewall::{self, Backend, MAX_SESSIONS, Ruleset};
@@ -19,6 +21,9 @@ use super::kernel::{self, Kernel};
 use super::observed::{Kind, Link, Observed};
 use super::step::{Action, Change, Stage, Step};
 use super::{Error, Keeping, cut, plan, preflight, sockets};
+
+/// No local network has a shorter prefix than the largest private one (RFC 1918).
+const SHORTEST_ON_LINK: u8 = 8;
 
 /// How often a plan is made and done before somebody else is at work.
 pub(super) const ROUNDS: u32 = 3;
@@ -553,6 +558,16 @@ impl Network {
     /// When they can't be read.
     pub async fn own_addresses(&self) -> Result<Vec<IpAddr>, Error> {
         Ok(self.kernel.observe().await?.addresses().collect())
+    }
+
+    /// The networks that this machine is on, but for prefixes so short that they stand for the whole Internet.
+    ///
+    /// # Errors
+    /// When they can't be read.
+    pub async fn on_link(&self) -> Result<Vec<IpNet>, Error> {
+        let observed = self.kernel.observe().await?;
+        let networks = observed.addresses.iter().map(|address| address.address.trunc());
+        Ok(networks.filter(|net| net.prefix_len() >= SHORTEST_ON_LINK).collect())
     }
 
     /// Whether what was applied is still there, and what else an administrator should know.

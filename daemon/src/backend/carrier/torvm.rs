@@ -103,7 +103,8 @@ impl Carrier {
         let resolvers = self.resolvers.as_ref().map(|found| found.for_lookup().to_vec()).unwrap_or_default();
         let config = told::find(spec, control_password, &resolvers).await?;
         let mut connector = (*self.connector()?).clone();
-        told::restrict(&mut connector, &config);
+        let on_link = self.network().await?.on_link().await.map_err(|error| network::failure(&error))?;
+        told::restrict(&mut connector, &config, on_link);
         // A name may lead to this machine.
         if let (Upstream::HttpConnect(proxy), Some(desired)) = (&connector.upstream, &mut self.desired) {
             desired.exceptions.services.clone_from(&proxy.addresses);
