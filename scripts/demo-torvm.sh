@@ -66,9 +66,9 @@ by_exit "http://$LAB_WEB/"
 ok "http by address: $OUT, which is an exit"
 by_exit https://web.lab.test/
 ok "https by name:   $OUT (certificate checked end to end)"
-# The periods of this network are two minutes, not a day: who asks at the change of one gets nothing, and has to forget that.
-onion_page() { OUT=$(alice curl -sS --max-time 30 "http://$onion/" 2>&1) || { alice proxyctl torvm new-identity >/dev/null; sleep 2; false; }; }
-wait_for 60 onion_page || fail "the onion service: $OUT"
+# The periods of this network are two minutes, not a day: who asks at the change of one gets nothing, and has to forget that; a new identity is to be had every 10 s.
+onion_page() { OUT=$(alice curl -sS --max-time 30 "http://$onion/" 2>&1) || { alice proxyctl torvm new-identity >/dev/null; sleep 11; false; }; }
+wait_for 150 onion_page || fail "the onion service: $OUT"
 [[ $OUT == *"hello from"* ]] || fail "unexpected answer: $OUT"
 ok "onion service:   http://${onion:0:12}…onion/ answers to a curl that knows nothing of Tor"
 run "DNS" alice dig +short +time=15 +tries=1 @9.9.9.9 web.lab.test A

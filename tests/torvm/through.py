@@ -29,7 +29,7 @@ def big(lab):
     expect(body == str(size), f"{body} bytes came, not {size}")
 
 
-@test("an onion service by its name, for a program that knows nothing of Tor", seconds=90, daemon="connected")
+@test("an onion service by its name, for a program that knows nothing of Tor", seconds=200, daemon="connected")
 def onion(lab):
     with lab.only_to():
         onion_page(lab)
@@ -44,9 +44,10 @@ def onion_page(lab):
         if "hello from" in lab.fetch(f"http://{lab.tor['onion']}/", timeout=20, check=False).stdout:
             return True
         lab.proxyctl("torvm", "new-identity")
+        time.sleep(11)  # Tor takes one every 10 s
         return False
 
-    until(70, answered, "the onion service does not answer")
+    until(150, answered, "the onion service does not answer")
 
 
 @test("DNS goes through Tor whichever resolver is asked, by IPv4 or IPv6", seconds=60, daemon="connected")
