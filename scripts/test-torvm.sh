@@ -10,8 +10,8 @@ set -uo pipefail
 . "$(dirname "$0")/common.sh"
 only='' bin='' image=''
 while [ $# -gt 0 ]; do case $1 in
-  --bin-dir) bin=${2:-}; shift 2 || die "--bin-dir needs a folder" ;;
-  --image) image=${2:-}; shift 2 || die "--image needs a folder" ;;
+  --bin-dir) bin=$(readlink -e "${2:-}") || die "--bin-dir needs a folder"; shift 2 ;;
+  --image) image=$(readlink -e "${2:-}") || die "--image needs a folder"; shift 2 ;;
   --only) only=${2:-}; shift 2 || die "--only needs a text" ;;
   --list) for runner in boot run; do /usr/bin/python3 "$ROOT/tests/torvm/$runner.py" --list; done; exit ;;
   *) sed -n '2,/^set/{s/^# \{0,1\}//p}' "$0"; exit 2 ;;
