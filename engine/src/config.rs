@@ -30,6 +30,10 @@ pub struct Link {
     pub guest_mac: [u8; 6],
     /// MAC address that the engine answers by.
     pub gateway_mac: [u8; 6],
+    /// Whether the guest's UDP leaves too, by sockets of this machine with the connector's mark, to where
+    /// [`Connector::refused`](crate::upstream::Connector::refused) lets it ([`Connector::only`](crate::upstream::Connector::only)
+    /// is of TCP). With another upstream than [`Upstream::Direct`](crate::upstream::Upstream::Direct) it does not.
+    pub udp: bool,
 }
 
 /// Bounds of all shards together; what goes over one is refused with a RST and counted. Once more than half of `flows` or `pending` is in

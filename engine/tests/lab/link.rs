@@ -19,6 +19,7 @@ const LINK: Link = Link {
     gateway: Ipv4Addr::new(10, 10, 11, 1),
     guest_mac: [0x52, 0x54, 0, 0x10, 0x11, 2],
     gateway_mac: [0x52, 0x54, 0, 0x10, 0x11, 1],
+    udp: false,
 };
 
 /// The guest. Its device lives until the engine's end of the link is closed.

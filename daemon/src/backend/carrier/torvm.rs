@@ -220,6 +220,7 @@ impl Carrier {
             gateway: link::UPLINK_GATEWAY,
             guest_mac: link::UPLINK_GUEST_MAC,
             gateway_mac: link::UPLINK_GATEWAY_MAC,
+            udp: false,
         };
         let engine = Engine::start_link(fd, guest, config, sender)
             .map_err(|error| Failure::from_error(ReasonCode::EngineFailed, &error))?;
