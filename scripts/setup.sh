@@ -10,9 +10,11 @@ build=(gcc binutils libc6-dev pkg-config libmnl-dev libnftnl-dev ca-certificates
 run=(util-linux iproute2 "nftables" iptables procps "dbus" "polkitd|policykit-1")
 test=("squid|squid-openssl" tinyproxy-bin dnsmasq-base conntrack openssh-server openssh-client curl wget netcat-openbsd "iputils-ping|inetutils-ping" tcpdump openssl python3
   rsync iperf3 "nginx|nginx-core" ethtool g++ valgrind shellcheck systemd-container mmdebstrap "passwd" "libpam-runtime" qemu-system-x86 tor obfs4proxy e2fsprogs "bind9-dnsutils|dnsutils" busybox-static)
+# not in every distribution; the tests that need them say so
+optional=(golang-go golang-snowflake-dev snowflake-client snowflake-proxy)
 wanted=("${build[@]}" "${run[@]}" "${test[@]}")
 case ${1:-} in
-  --build) wanted=("${build[@]}") ;;
+  --build) wanted=("${build[@]}") optional=() ;;
   '') ;;
   *) die "unknown argument '$1' (only --build is known)" ;;
 esac
@@ -66,6 +68,13 @@ quiet_services() {
 }
 
 mapfile -t missing < <(missing_of "${wanted[@]}")
+mapfile -t lacking < <([ "${#optional[@]}" = 0 ] || missing_of "${optional[@]}")
+if [ "${#lacking[@]}" -gt 0 ]; then
+  [ -n "$(candidate bash)" ] || apt_prepare "${lacking[*]}" # without lists apt knows no package at all
+  for name in "${lacking[@]}"; do
+    if [ -n "$(candidate "$name")" ]; then missing+=("$name"); else say "setup: this distribution has no package $name: tests that need it will be skipped"; fi
+  done
+fi
 if [ "${#missing[@]}" -gt 0 ]; then
   apt_prepare "${missing[*]}"
   install=() disable=()
@@ -80,6 +89,7 @@ if [ "${#missing[@]}" -gt 0 ]; then
       tor) disable+=(tor.service) ;;
       rsync | iperf3) disable+=("$pick.service") ;;
       nginx | nginx-core) disable+=(nginx.service) ;;
+      snowflake-proxy) disable+=(snowflake-proxy.service) ;; # it would be a volunteer in the Internet
     esac
   done
   say "setup: installing ${install[*]}"

@@ -1,20 +1,7 @@
 """What the other tests stand on: the private Tor network works, and the sniffer sees what goes around it."""
 
-import contextlib
-import subprocess
-
 from lab import PYTHON, WEB, expect, test, until
-from torlab import native_client
-
-
-@contextlib.contextmanager
-def native(lab, *torrc):
-    directory = f"{lab.dir}/home/alice/tor"
-    lab.alice("rm", "-rf", directory)
-    with lab.background("app", "alice", *native_client(lab, directory, *torrc), "--Log", f"notice file {directory}/log", stdout=subprocess.DEVNULL):
-        until(60, lambda: "Bootstrapped 100%" in lab.alice("cat", f"{directory}/log", check=False).stdout,
-              lambda: f"a native client does not get to 100 %:\n{lab.alice('tail', f'{directory}/log', check=False).stdout}")
-        yield "--socks5-hostname", "127.0.0.1:9150"
+from torlab import native
 
 
 @test("a native client reaches a page by an exit and an onion service, and talks to relays only", seconds=150, daemon=None)

@@ -23,7 +23,7 @@ from lab import ROOT, Failed, Skipped, equal  # noqa: E402
 from runner import OverTime, Results, one  # noqa: E402
 from torlab import TorLab  # noqa: E402
 
-FILES = ["network", "through", "faults", "disk", "hostile", "ways"]
+FILES = ["network", "through", "faults", "disk", "hostile", "ways", "transports"]
 BEGIN_SECONDS, END_SECONDS = 120, 45
 
 

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import re
+import subprocess
 import time
 
 from lab import APP4, APP6, WEB, Lab, expect, until
@@ -96,22 +97,23 @@ class TorLab(Lab):
 
     # ---- looking
 
-    def around(self, allowed):
-        """Packets of the machine other than TCP to `allowed`, ARP and neighbour discovery."""
+    def around(self, allowed, but="less 0"):
+        """Packets of the machine other than TCP to `allowed`, what the filter `but` matches, ARP and neighbour discovery."""
         tcp = " or ".join(f"dst host {address}" for address in allowed) or "less 0"
         return self.packets(
-            f"(src host {APP4} or src host {APP6} or src host {OWN} or net 10.10.0.0/16) and not (src host {APP4} and tcp and ({tcp}))"
+            f"(src host {APP4} or src host {APP6} or src host {OWN} or net 10.10.0.0/16) and not (src host {APP4} and tcp and ({tcp})) and not ({but})"
             " and not icmp6 and not arp and not dst net 224.0.0.0/4 and not dst net ff00::/8"
         )
 
     @contextlib.contextmanager
-    def only_to(self, *allowed):
-        """Meanwhile nothing leaves but TCP to these addresses (default: the relays)."""
-        allowed = allowed or self.relays
-        before = len(self.around(allowed))
+    def only_to(self, *allowed, but=""):
+        """Meanwhile nothing leaves but TCP to these addresses, and what the filter `but` matches (default: to the relays)."""
+        allowed = allowed or ([] if but else self.relays)
+        but = but or "less 0"
+        before = len(self.around(allowed, but))
         yield
         time.sleep(0.1)
-        seen = self.around(allowed)
+        seen = self.around(allowed, but)
         expect(len(seen) == before, lambda: "packets went around Tor:\n" + "\n".join(seen[before : before + 8]))
 
     @contextlib.contextmanager
@@ -142,3 +144,24 @@ def native_client(lab, directory, *torrc):
     lab.alice("mkdir", "-p", "-m", "700", directory)
     lab.alice("tee", f"{directory}/torrc", data="\n".join([*lines, f"DataDirectory {directory}", ""]))
     return ["tor", "--defaults-torrc", "/nonexistent", "--ignore-missing-torrc", "-f", f"{directory}/torrc"]
+
+
+@contextlib.contextmanager
+def native(lab, *torrc):
+    """A Tor client of the machine itself, at 100 %; gives curl's arguments for it."""
+    directory = f"{lab.dir}/home/alice/tor"
+    lab.alice("rm", "-rf", directory)
+    with lab.background("app", "alice", *native_client(lab, directory, *torrc), "--Log", f"notice file {directory}/log", stdout=subprocess.DEVNULL):
+        until(60, lambda: "Bootstrapped 100%" in lab.alice("cat", f"{directory}/log", check=False).stdout,
+              lambda: f"a native client does not get to 100 %:\n{lab.alice('tail', f'{directory}/log', check=False).stdout}")
+        yield "--socks5-hostname", "127.0.0.1:9150"
+
+
+@contextlib.contextmanager
+def profile(lab, *args, **keys):
+    """Another profile meanwhile."""
+    lab.profile(*args, **keys)
+    try:
+        yield
+    finally:
+        lab.profile()

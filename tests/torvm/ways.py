@@ -1,21 +1,11 @@
 """Ways to Tor: by a bridge, behind a proxy; and what is said when there is none."""
 
-import contextlib
 import shutil
 import subprocess
 
 from image import BUSYBOX, altered, content
 from lab import PROXY, WEB, equal, expect, test, until
-from torlab import CONNECT_SECONDS, PROFILE
-
-
-@contextlib.contextmanager
-def profile(lab, *args, **keys):
-    lab.profile(*args, **keys)
-    try:
-        yield
-    finally:
-        lab.profile()
+from torlab import CONNECT_SECONDS, PROFILE, profile
 
 
 @test("with an obfs4 bridge the wire carries the bridge and nothing else", seconds=150)

@@ -1,0 +1,139 @@
+"""Pluggable transports that meet more than the bridge: meek and snowflake, against servers of the lab (front.py, snowflake/main.go)."""
+
+import contextlib
+import hashlib
+import os
+import re
+import subprocess
+import tempfile
+
+from lab import APP4, DNS, PYTHON, Skipped, expect, test, until
+from torlab import OWN, native
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+FRONT, STUN, VOLUNTEER = "17.0.0.1", "18.0.0.1", "19.0.0.1"
+NAMES = {"front.lab.test": FRONT, "stun.lab.test": STUN}
+# what volunteers talk to
+BROKER, SERVER = "19.0.0.2:8480", "19.0.0.2:8481"
+# The volunteers have a machine of their own behind net's.
+PLACES = f"""
+for address in {FRONT} {STUN}; do ip addr replace $address/32 dev lo; done
+if ! ip link show volunteer >/dev/null 2>&1; then
+  ip netns add volunteer
+  ip link add volunteer type veth peer name eth0 netns volunteer
+  ip addr add 19.0.0.2/30 dev volunteer
+  ip link set volunteer up
+  ip -n volunteer addr add {VOLUNTEER}/30 dev eth0
+  ip -n volunteer link set lo up
+  ip -n volunteer link set eth0 up
+  ip -n volunteer route add default via 19.0.0.2
+  for device in wan0 volunteer; do sysctl -qw net.ipv4.conf.$device.forwarding=1; done
+  echo 127.0.0.1 snowflake-broker.torproject.net >>/etc/hosts # asked for its kind of NAT by every volunteer; here there is no such server
+  for name in {" ".join(f"{name}={address}" for name, address in NAMES.items())}; do echo "${{name#*=}} ${{name%=*}}"; done >>$LAB/hosts
+  kill -HUP $(cat $LAB/services/dnsmasq.pid)
+fi
+"""
+GOPATH = "/usr/share/gocode"
+LIBRARY = f"{GOPATH}/src/git.torproject.org/pluggable-transports/snowflake.git"
+CACHE = os.path.join(os.path.dirname(os.environ.get("PROXYVPN_TOR_CACHE", "/var/cache/proxyvpn-test/tornet")), "snowflake")
+
+
+def listens(lab, address):
+    until(10, lambda: f" {address} " in lab.net("ss", "-Htln").stdout, f"nothing listens on {address}")
+
+
+def log_of(lab, name):
+    return open(f"{lab.dir}/logs/{name}.log", "ab")
+
+
+@contextlib.contextmanager
+def front(lab):
+    """The front with meek and snowflake's broker behind it, the STUN server, and the volunteers' place."""
+    lab.net("sh", "-ec", PLACES)
+    bridge, fingerprint = lab.tor["plain_bridge_line"].split()
+    command = [PYTHON, "-B", f"{HERE}/front.py", f"{lab.dir}/web.pem", f"{lab.dir}/web.key", FRONT, STUN, BROKER, bridge, fingerprint]
+    with log_of(lab, "front") as log, lab.background("net", None, *command, stdout=log, stderr=log):
+        listens(lab, f"{FRONT}:443")
+        yield
+
+
+def server_program():
+    """Snowflake's server, compiled when its source has changed."""
+    for needed in "/usr/bin/go", "/usr/bin/snowflake-client", "/usr/bin/snowflake-proxy", LIBRARY:
+        if not os.path.exists(needed):
+            raise Skipped(f"{needed} is not installed (scripts/setup.sh)")
+    with open(f"{HERE}/snowflake/main.go", "rb") as file:
+        program = f"{CACHE}/server-{hashlib.sha256(file.read()).hexdigest()[:16]}"
+    if not os.path.exists(program):
+        os.makedirs(CACHE, exist_ok=True)
+        for old in os.listdir(CACHE):
+            if old.startswith("server-"):
+                os.unlink(f"{CACHE}/{old}")
+        with tempfile.TemporaryDirectory(dir=CACHE) as work:
+            env = {"PATH": "/usr/bin:/bin", "GO111MODULE": "off", "GOPATH": GOPATH, "GOCACHE": work, "CGO_ENABLED": "0", "GOFLAGS": "-buildvcs=false"}
+            done = subprocess.run(["go", "build", "-o", f"{work}/server", "."], cwd=f"{HERE}/snowflake", env=env, capture_output=True, text=True)
+            expect(done.returncode == 0, f"go build: {done.stderr}")
+            os.rename(f"{work}/server", program)
+    return program
+
+
+def volunteer(lab, log):
+    """A volunteer's snowflake-proxy."""
+    options = ["-broker", f"http://{BROKER}/", "-relay", f"ws://{SERVER}/", "-stun", f"stun:{STUN}:3478", "-nat-retest-interval", "0s",
+               "-allow-non-tls-relay", "-verbose", "-unsafe-logging"]
+    return lab.background("net", None, "ip", "netns", "exec", "volunteer", "snowflake-proxy", *options, stdout=log, stderr=log)
+
+
+@contextlib.contextmanager
+def snowflake(lab):
+    """The front, snowflake's server, and one volunteer."""
+    program = server_program()
+    with front(lab), log_of(lab, "snowflake") as log:
+        with lab.background("net", None, program, SERVER, lab.tor["plain_bridge_line"].split()[0], stdout=log, stderr=log), volunteer(lab, log) as child:
+            listens(lab, SERVER)
+            yield child
+
+
+def snowflake_line(lab):
+    fingerprint = lab.tor["plain_bridge_line"].split()[1]
+    return (f"snowflake 192.0.2.33:80 {fingerprint} fingerprint={fingerprint} url=https://broker.lab.test/ front=front.lab.test"
+            " ice=stun:stun.lab.test:3478 utls-imitate=hellorandomizedalpn")
+
+
+def meek_line(lab):
+    fingerprint = lab.tor["plain_bridge_line"].split()[1]
+    return f"meek_lite 192.0.2.33:80 {fingerprint} url=https://meek.lab.test/ front=front.lab.test"
+
+
+LOOKUPS = f"src host {APP4} and dst host {DNS} and udp dst port 53"
+FRONTED = f"src host {APP4} and tcp and dst host {FRONT} and dst port 443"
+# WebRTC tries every address that its machine has; when the client has ended, the kernel says so to the volunteer.
+NATIVE = f"(src host {APP4} or src host {OWN}) and ((dst host {STUN} and udp dst port 3478) or (dst host {VOLUNTEER} and (udp or icmp)))"
+
+
+@contextlib.contextmanager
+def wire(lab, *filters, names):
+    """Meanwhile nothing leaves but what these filters match, and look-ups of these names."""
+    def asked():
+        with open(f"{lab.dir}/logs/dnsmasq.log", encoding="ascii") as file:
+            return re.findall(rf" query\[\w+\] (\S+) from {APP4}$", file.read(), re.MULTILINE)
+
+    before = len(asked())
+    with lab.only_to(but=" or ".join(f"({each})" for each in (LOOKUPS, *filters))):
+        yield
+    others = set(asked()[before:]) - set(names)
+    expect(not others, f"looked up: {others}")
+
+
+@test("a native client with meek talks to the front only", seconds=90, daemon=None)
+def native_meek(lab):
+    torrc = ["UseBridges 1", f"Bridge {meek_line(lab)}", "ClientTransportPlugin meek_lite exec /usr/bin/obfs4proxy"]
+    with front(lab), wire(lab, FRONTED, names=["front.lab.test"]), native(lab, *torrc) as socks:
+        lab.fetch_by_exit("http://web.lab.test/", *socks)
+
+
+@test("a native client with snowflake talks to the front, the STUN server and the volunteer only", seconds=120, daemon=None)
+def native_snowflake(lab):
+    torrc = ["UseBridges 1", f"Bridge {snowflake_line(lab)}", "ClientTransportPlugin snowflake exec /usr/bin/snowflake-client"]
+    with snowflake(lab), wire(lab, FRONTED, NATIVE, names=NAMES), native(lab, *torrc) as socks:
+        lab.fetch_by_exit("http://web.lab.test/", *socks)
