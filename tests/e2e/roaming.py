@@ -270,6 +270,29 @@ def causes(lab):
     until(5, lambda: lab.state() == before, "an attempt without a network left something")
 
 
+@test("a way that is cut after the proxy has answered and before the first look at the network is noticed", seconds=60)
+def cut_early(lab):
+    lab.net("nft", "add table inet late; add chain inet late out { type filter hook output priority 0; }; "
+            "add rule inet late out tcp sport 8888 tcp flags & psh == psh drop")
+    connecting = lab.popen("app", "alice", "proxyctl", "connect", "--proxy-url", TINY, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        until(5, lambda: lab.status()["phase"] == "probe-upstream", lambda: f"not asking the proxy: {lab.status()}")
+        pid = lab.daemon_pid()
+        lab.app("kill", "-STOP", pid)
+        try:
+            lab.net("nft", "delete", "table", "inet", "late")
+            waiting = ["ss", "-Htn", "state", "established", "dst", f"{PROXY}:8888"]
+            until(20, lambda: any(int(line.split()[0]) for line in lab.app(*waiting).stdout.splitlines()), "the proxy's answer does not come")
+            lab.app("ip", "route", "add", "unreachable", f"{PROXY}/32")
+        finally:
+            lab.app("kill", "-CONT", pid)
+        state(lab, "blocked", 10, "no-route")
+    finally:
+        lab.app("ip", "route", "del", "unreachable", f"{PROXY}/32", check=False)
+        connecting.wait(30)
+    state(lab, "connected", 10)
+
+
 @test("routes of others in our table, and a firewall that another program holds, are said to be what they are", seconds=90)
 def taken(lab):
     lab.connect(TINY)

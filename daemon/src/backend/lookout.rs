@@ -184,9 +184,9 @@ impl Lookout {
         moved && open
     }
 
-    /// The upstream has other addresses.
-    pub(super) fn another_upstream(&mut self) {
-        self.way = None;
+    /// The upstream has other addresses, and `way` leads to them now: a change from here on is one, even before the first look.
+    pub(super) fn another_upstream(&mut self, way: Option<Way>) {
+        self.way = way;
         self.surroundings = None;
     }
 

@@ -201,7 +201,7 @@ impl Carrier {
         let own = self.network().await?.own_addresses().await.map_err(|error| network::failure(&error))?;
         let resolvers = self.resolvers.as_ref().map(|found| found.for_lookup().to_vec()).unwrap_or_default();
         self.connector = None;
-        self.lookout.another_upstream();
+        self.another_upstream().await?;
         let mut work = pin!(upstream::connector(request, &resolvers, &own));
         let found = loop {
             tokio::select! {
@@ -213,7 +213,7 @@ impl Carrier {
             Ok(connector) => self.connector = Some(Arc::new(connector)),
             Err(failure) => return Err(self.explain(failure).await),
         }
-        self.lookout.another_upstream();
+        self.another_upstream().await?;
         if self.backend == Backend::TorVm { self.tell(request).await } else { Ok(()) }
     }
 

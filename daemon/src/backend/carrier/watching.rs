@@ -154,6 +154,14 @@ impl Carrier {
         }
     }
 
+    /// What is to be reached has other addresses from now on.
+    pub(super) async fn another_upstream(&mut self) -> Result<(), Failure> {
+        let targets = self.targets();
+        let way = self.network().await?.way(&targets).await;
+        self.lookout.another_upstream(way.ok());
+        Ok(())
+    }
+
     /// A failure to reach the upstream, with the nearest cause: where nothing can leave, the upstream is not to blame.
     pub(super) async fn explain(&mut self, failure: Failure) -> Failure {
         let about_upstream = [
