@@ -4,7 +4,7 @@
 #   scripts/build-torvm-image.sh [--out DIR] [--transports]
 #
 #   --out DIR      where it goes (default target/torvm-image)
-#   --transports   a second initramfs as well, with pluggable transports (obfs4, meek_lite)
+#   --transports   a second initramfs as well, with pluggable transports (obfs4, meek_lite, snowflake where there is a package of it)
 #
 # The same packages, sources and compiler give the same bytes. Packages are fetched and verified by apt, and kept for the next time.
 set -euo pipefail
@@ -62,7 +62,10 @@ for name in linux-image-cloud-amd64 linux-image-virtual linux-image-amd64; do
 done
 [ -n "$kernel" ] || die "apt knows no kernel package (apt-get update?)"
 queue=("$kernel" tor tor-geoipdb nftables e2fsprogs xz-utils)
-[ -z "$transports" ] || queue+=(obfs4proxy)
+if [ -n "$transports" ]; then
+  queue+=(obfs4proxy ca-certificates)
+  if show snowflake-client >/dev/null; then queue+=(snowflake-client); else say "apt knows no snowflake-client: the image will not have it"; fi
+fi
 declare -A seen=()
 while [ "${#queue[@]}" -gt 0 ]; do
   name=${queue[0]}; queue=("${queue[@]:1}")

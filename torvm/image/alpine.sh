@@ -15,7 +15,7 @@ set -euo pipefail
 out='' names=(linux-virt musl tor nftables e2fsprogs xz) transports=''
 while [ $# -gt 0 ]; do case $1 in
   --out) out=${2:?--out needs a folder}; shift 2 ;;
-  --transports) transports=1 names+=(obfs4proxy); shift ;;
+  --transports) transports=1 names+=(ca-certificates obfs4proxy snowflake-client); shift ;;
   -h | --help) sed -n '2,/^set /s/^# \{0,1\}//p' "$0" | sed '$d'; exit 0 ;;
   *) printf 'alpine.sh: unknown argument "%s" (see --help)\n' "$1" >&2; exit 2 ;;
 esac; done

@@ -58,6 +58,15 @@ add_libraries() {
   done < <(readelf -dW "$3" | sed -n 's/.*(NEEDED).*\[\(.*\)\]/\1/p')
 }
 
+# add_roots TREE IMAGE: the authorities by which transports check a front's certificate, in the one file where Go looks first.
+add_roots() {
+  local tree=$1 image=$2 roots
+  mapfile -d '' -t roots < <(find "$tree/usr/share/ca-certificates/mozilla" -name '*.crt' -print0 | LC_ALL=C sort -z)
+  [ "${#roots[@]}" -gt 0 ] || die "no certificate authorities in the packages"
+  # unlike cat it ends every line
+  awk 1 "${roots[@]}" | install -D -m 644 /dev/stdin "$image/etc/ssl/certs/ca-certificates.crt"
+}
+
 # add_modules TREE IMAGE RELEASE: numbered in the order of loading; signatures stay.
 add_modules() {
   local tree=$1 image=$2 release=$3 module line kind path name number=0
@@ -107,8 +116,14 @@ assemble() {
   install -m 644 "$kernel" "$work/out/vmlinuz"
   pack "$work/image" >"$work/out/initramfs"
   if [ -n "$transports" ]; then
+    # Made beside what the image has, so that no library stands in it twice.
+    cp -a "$work/image" "$work/transports"
+    add_program "$tree" "$work/transports" obfs4proxy
+    if [ -e "$tree/usr/bin/snowflake-client" ]; then add_program "$tree" "$work/transports" snowflake-client; fi
+    add_roots "$tree" "$work/transports"
+    (cd "$work/image" && find . -type f -printf '%P\0') | (cd "$work/transports" && xargs -0 rm -f)
+    find "$work/transports" -mindepth 1 -type d -empty -delete
     # The kernel unpacks one archive after the other.
-    install -D -m 755 "$(find_in "$tree" obfs4proxy usr/bin)" "$work/transports/usr/bin/obfs4proxy"
     { cat "$work/out/initramfs"; pack "$work/transports"; } >"$work/out/initramfs-transports"
   fi
   printf 'torvm-init\t%s, %s\t%s\n' "$(sed -n 's/^version = "\(.*\)"/\1/p' "$ROOT/Cargo.toml" | head -n1)" \
