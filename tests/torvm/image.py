@@ -15,8 +15,8 @@ BUSYBOX = "/bin/busybox"
 
 
 @contextlib.contextmanager
-def altered(lab, files=None, spoil=None):
-    """A copy of the image, with other files in the guest and a manifest that says so; or spoiled behind the manifest's back."""
+def altered(lab, files=None, spoil=None, part="initramfs"):
+    """A copy of the image, with other files in this initramfs of the manifest, which says so; or spoiled behind the manifest's back."""
     with tempfile.TemporaryDirectory(prefix="image-", dir=lab.dir) as folder:
         os.chmod(folder, 0o755)
         for name in os.listdir(lab.image):
@@ -31,14 +31,15 @@ def altered(lab, files=None, spoil=None):
                     os.chmod(target, mode)
                 archive = subprocess.run([PYTHON, "-B", f"{ROOT}/torvm/image/cpio.py", tree], capture_output=True, check=True).stdout
             packed = subprocess.run(["zstd", "-q", "-3", "-c"], input=archive, capture_output=True, check=True).stdout
-            # the kernel unpacks one archive after the other
-            with open(f"{folder}/initramfs", "ab") as file:
-                file.write(packed)
-            with open(f"{folder}/initramfs", "rb") as file:
-                data = file.read()
             with open(f"{folder}/manifest.json", encoding="utf-8") as file:
                 manifest = json.load(file)
-            manifest["initramfs"] |= {"sha256": hashlib.sha256(data).hexdigest(), "size": len(data)}
+            initramfs = f"{folder}/{manifest[part]['file']}"
+            # the kernel unpacks one archive after the other
+            with open(initramfs, "ab") as file:
+                file.write(packed)
+            with open(initramfs, "rb") as file:
+                data = file.read()
+            manifest[part] |= {"sha256": hashlib.sha256(data).hexdigest(), "size": len(data)}
             with open(f"{folder}/manifest.json", "w", encoding="utf-8") as file:
                 json.dump(manifest, file)
         if spoil:

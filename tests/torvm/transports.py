@@ -7,8 +7,9 @@ import re
 import subprocess
 import tempfile
 
+from image import altered, content
 from lab import APP4, DNS, PYTHON, Skipped, expect, test, until
-from torlab import OWN, native
+from torlab import OWN, PROFILE, native, profile
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 FRONT, STUN, VOLUNTEER = "17.0.0.1", "18.0.0.1", "19.0.0.1"
@@ -137,3 +138,37 @@ def native_snowflake(lab):
     torrc = ["UseBridges 1", f"Bridge {snowflake_line(lab)}", "ClientTransportPlugin snowflake exec /usr/bin/snowflake-client"]
     with snowflake(lab), wire(lab, FRONTED, NATIVE, names=NAMES), native(lab, *torrc) as socks:
         lab.fetch_by_exit("http://web.lab.test/", *socks)
+
+
+@contextlib.contextmanager
+def trusting(lab):
+    """The daemon, with an image whose guest trusts the lab's certificates and no others."""
+    files = {"etc/ssl/certs/ca-certificates.crt": (content(f"{lab.dir}/ca.pem"), 0o644)}
+    with altered(lab, files, part="transports") as image:
+        lab.daemon(image=image)
+        yield
+
+
+@test("Tor by meek: a page by its name, and the wire carries TCP to the front and the look-up of its name, nothing else", seconds=180, daemon=None)
+def meek(lab):
+    with front(lab), profile(lab, transport="meek", bridges=[meek_line(lab)]), wire(lab, FRONTED, names=["front.lab.test"]), trusting(lab):
+        lab.connect_tor()
+        lab.fetch_by_exit("http://web.lab.test/")
+        lab.disconnect()
+
+
+@test("anti-test: a guest that does not trust the front's certificate gives it no request, and gets nowhere", seconds=120, daemon=None)
+def not_trusted(lab):
+    def said():
+        with open(f"{lab.dir}/logs/front.log", encoding="utf-8") as file:
+            return file.read()[before:]
+
+    with front(lab), profile(lab, transport="meek", bridges=[meek_line(lab)]), wire(lab, FRONTED, names=["front.lab.test"]):
+        before = 0
+        before = len(said())
+        lab.daemon()
+        with lab.background("app", "alice", "proxyctl", "connect", PROFILE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL):
+            until(60, lambda: re.search("ALERT_(UNKNOWN_CA|BAD_CERTIFICATE)", said()), lambda: f"the certificate is not refused: {said()}")
+            lab.check_state("connecting")
+            lab.disconnect()
+        expect("POST" not in said(), f"a request for all that: {said()}")
