@@ -112,8 +112,8 @@ impl World {
         host.run(|| {
             sh(&format!(
                 "ip route add default via {PEER}; ip -6 route add default via {PEER6}
-                 # link-local addresses settle in their own time, and would show up as a difference
-                 while ip -6 addr show tentative | grep -q inet6; do sleep 0.05; done"
+                 # the link-local address comes and settles in its own time, and would show up as a difference
+                 until ip -6 addr show dev up0 scope link -tentative | grep -q inet6; do sleep 0.05; done"
             ))
         });
         Self { host, peer, state }
