@@ -16,8 +16,10 @@ use zbus_polkit::policykit1::{AuthorityProxy, CheckAuthorizationFlags, Subject};
 
 /// How long a person has for a password.
 const PROMPT_TIME: Duration = Duration::from_secs(120);
-/// How long polkit has for an answer without a person. Property reads wait for it with the object tree locked against changes.
-const SILENT_TIME: Duration = Duration::from_secs(5);
+/// How long polkit has for an answer without a person: more than its rules have there (15 s), less than callers usually wait (25 s).
+const SILENT_TIME: Duration = Duration::from_secs(20);
+/// The same for a property: its reader keeps the object tree locked against changes.
+const READ_TIME: Duration = Duration::from_secs(5);
 /// How long an answer to [`action::STATUS`] stays good for the same connection: one look of a client is several calls.
 const FRESH: Duration = Duration::from_secs(1);
 /// Most connections whose answer is remembered.
@@ -155,16 +157,22 @@ impl Authority {
     ) -> Result<(), Error> {
         let interactive = header.primary().flags().contains(Flags::ALLOW_INTERACTIVE_AUTH);
         if action == action::STATUS && !interactive {
-            return self.check_read(header).await;
+            return self.status(header).await;
         }
         Ok(self.ask(header, action, details, interactive).await?)
     }
 
-    /// Whether the caller may read state, without asking a person. An answer holds for a second.
+    /// Whether the caller may read properties, without asking a person and without waiting for long.
     ///
     /// # Errors
     /// As [`Self::check`].
     pub async fn check_read(&self, header: &Header<'_>) -> Result<(), Error> {
+        let answer = tokio::time::timeout(READ_TIME, self.status(header)).await;
+        answer.unwrap_or_else(|error| Err(unanswered(action::STATUS, &error).into()))
+    }
+
+    /// Whether the caller may read state, without asking a person. An answer holds for a second.
+    async fn status(&self, header: &Header<'_>) -> Result<(), Error> {
         // So many connections are busy that this answer is not remembered; what is asked at once stays bounded.
         let Some(slot) = self.slot(sender(header)?.as_str()) else {
             return Ok(self.ask(header, action::STATUS, &HashMap::new(), false).await?);

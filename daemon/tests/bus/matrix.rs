@@ -5,7 +5,7 @@ use proxyvpnd::authority::{Need, method_need, property_action};
 use zbus::Connection;
 use zbus::fdo::IntrospectableProxy;
 
-use crate::world::{Options, World, call, client, options, pipe, run};
+use crate::world::{Options, Polkit, World, call, client, manager, options, pipe, run};
 
 const CALLERS: [&str; 6] = ["root", "alice", "bob", "carol", "dave", "mallory"];
 const STANDARD: [&str; 3] =
@@ -133,8 +133,7 @@ fn a_rule_can_tell_profiles_apart() {
     run("matrix::a_rule_can_tell_profiles_apart", || async {
         let world = World::new().await;
         let carol = client("carol").await;
-        let connect =
-            async |name: &'static str| crate::world::manager(&carol, "Connect", &(name, Options::new())).await;
+        let connect = async |name: &'static str| manager(&carol, "Connect", &(name, Options::new())).await;
         assert!(connect("forbidden").await.unwrap_err().starts_with("org.proxyvpn1.Error.NotAuthorized"));
         connect("work").await.unwrap();
         assert_eq!(world.take_notes(), ["connect work http://proxy.example:8080 None"]);
@@ -161,23 +160,20 @@ fn without_polkit_the_answer_is_no() {
     run("matrix::without_polkit_the_answer_is_no", || async {
         let world = World::new().await;
         let alice = client("alice").await;
-        crate::world::manager(&alice, "Status", &()).await.unwrap();
+        manager(&alice, "Status", &()).await.unwrap();
         // Stopped, and not to be started again.
         std::fs::remove_file("/usr/share/dbus-1/system-services/org.freedesktop.PolicyKit1.service").unwrap();
         let root = client("root").await;
         let bus = zbus::fdo::DBusProxy::new(&root).await.unwrap();
         bus.reload_config().await.unwrap();
-        let polkit = zbus::names::BusName::try_from("org.freedesktop.PolicyKit1").unwrap();
-        let pid = bus.get_connection_unix_process_id(polkit.clone()).await.unwrap();
-        let pid = rustix::process::Pid::from_raw(i32::try_from(pid).unwrap()).unwrap();
-        rustix::process::kill_process(pid, rustix::process::Signal::KILL).unwrap();
-        while bus.name_has_owner(polkit.clone()).await.unwrap() {
+        Polkit::find(&root).await.kill();
+        while bus.name_has_owner(Polkit::name()).await.unwrap() {
             tokio::time::sleep(std::time::Duration::from_millis(10)).await;
         }
         tokio::time::sleep(std::time::Duration::from_millis(1100)).await;
         for user in CALLERS {
             let client = client(user).await;
-            let error = crate::world::manager(&client, "Disconnect", &(Options::new(),)).await.unwrap_err();
+            let error = manager(&client, "Disconnect", &(Options::new(),)).await.unwrap_err();
             assert!(
                 error.starts_with("org.proxyvpn1.Error.NotAuthorized: polkit could not be asked"),
                 "{user}: {error}"
@@ -187,5 +183,30 @@ fn without_polkit_the_answer_is_no() {
             assert!(error.contains("AccessDenied") && error.contains("polkit could not be asked"), "{user}: {error}");
         }
         assert!(world.take_notes().is_empty());
+    });
+}
+
+#[test]
+#[ignore = "needs root, dbus-daemon and polkitd"]
+fn a_slow_polkit_is_waited_for_but_not_by_who_reads_properties() {
+    run("matrix::a_slow_polkit_is_waited_for_but_not_by_who_reads_properties", || async {
+        let world = World::new().await;
+        let (alice, bob, carol) = (client("alice").await, client("bob").await, client("carol").await);
+        manager(&alice, "Status", &()).await.unwrap();
+        let polkit = Polkit::find(&alice).await;
+        polkit.stop();
+        let get = (proxyvpn_dbus::names::MANAGER, "State");
+        let property = async {
+            let read = call(&carol, MANAGER_PATH, "org.freedesktop.DBus.Properties", "Get", &get).await;
+            polkit.go_on();
+            read
+        };
+        let options = (Options::new(),);
+        let (done, status, property) =
+            tokio::join!(manager(&alice, "Disconnect", &options), manager(&bob, "Status", &()), property);
+        let error = property.unwrap_err();
+        assert!(error.contains("polkit could not be asked"), "{error}");
+        (done.unwrap(), status.unwrap());
+        assert_eq!(world.take_notes(), ["disconnect"]);
     });
 }

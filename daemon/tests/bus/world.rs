@@ -12,9 +12,11 @@ use proxyvpnd::config::store::{Importer, ProfileStore};
 use proxyvpnd::log::Log;
 use proxyvpnd::machine::{Command, Handle, View};
 use proxyvpnd::service::Service;
-use rustix::process::Uid;
+use rustix::process::{Pid, Signal, Uid, kill_process};
 use tokio::sync::{mpsc, watch};
 use zbus::connection::Builder;
+use zbus::fdo::DBusProxy;
+use zbus::names::BusName;
 use zbus::{Connection, Message, OwnedVariant};
 
 /// alice may do everything, mallory nothing, dave only ad-hoc; carol is in the group of the sample rule; bob has the defaults.
@@ -65,7 +67,7 @@ pub(crate) fn run<F: Future<Output = ()>>(name: &str, body: impl FnOnce() -> F) 
         return;
     }
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-    runtime.block_on(async { tokio::time::timeout(Duration::from_secs(60), body()).await.expect("the test hangs") });
+    runtime.block_on(async { tokio::time::timeout(Duration::from_secs(240), body()).await.expect("the test hangs") });
     runtime.shutdown_background();
 }
 
@@ -88,6 +90,33 @@ pub(crate) fn builder(user: &str) -> Builder<'static> {
 
 pub(crate) async fn client(user: &str) -> Connection {
     builder(user).build().await.unwrap()
+}
+
+/// The running polkitd.
+pub(crate) struct Polkit(Pid);
+
+impl Polkit {
+    pub(crate) fn name() -> BusName<'static> {
+        BusName::try_from("org.freedesktop.PolicyKit1").unwrap()
+    }
+
+    pub(crate) async fn find(client: &Connection) -> Self {
+        let pid = DBusProxy::new(client).await.unwrap().get_connection_unix_process_id(Self::name()).await.unwrap();
+        Self(Pid::from_raw(i32::try_from(pid).unwrap()).unwrap())
+    }
+
+    /// Leaves questions without an answer, until it goes on.
+    pub(crate) fn stop(&self) {
+        kill_process(self.0, Signal::STOP).unwrap();
+    }
+
+    pub(crate) fn go_on(&self) {
+        kill_process(self.0, Signal::CONT).unwrap();
+    }
+
+    pub(crate) fn kill(&self) {
+        kill_process(self.0, Signal::KILL).unwrap();
+    }
 }
 
 /// What the machine was told.
