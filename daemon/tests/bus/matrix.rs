@@ -206,7 +206,8 @@ fn a_slow_polkit_is_waited_for_but_not_by_who_reads_properties() {
             tokio::join!(manager(&alice, "Disconnect", &options), manager(&bob, "Status", &()), property);
         let error = property.unwrap_err();
         assert!(error.contains("polkit could not be asked"), "{error}");
-        (done.unwrap(), status.unwrap());
+        done.unwrap();
+        status.unwrap();
         assert_eq!(world.take_notes(), ["disconnect"]);
     });
 }
