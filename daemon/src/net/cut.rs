@@ -36,17 +36,22 @@ pub(super) fn of(addresses: &[IpAddr]) -> io::Result<usize> {
     end(IPPROTO_TCP, |socket| addresses.contains(&socket.local.ip()))
 }
 
+/// The same, but not those that only begin.
+pub(super) fn of_begun(addresses: &[IpAddr]) -> io::Result<usize> {
+    end(IPPROTO_TCP, |socket| addresses.contains(&socket.local.ip()) && socket.state != TCP_SYN_SENT)
+}
+
+/// The same, only those that begin: for them the kernel sends nothing.
+pub(super) fn of_beginning(addresses: &[IpAddr]) -> io::Result<usize> {
+    end(IPPROTO_TCP, |socket| addresses.contains(&socket.local.ip()) && socket.state == TCP_SYN_SENT)
+}
+
 /// Ends connections with our mark whose own address is none of `own`: no answer can come back to them. Gives how many.
 pub(super) fn stranded(own: &HashSet<IpAddr>) -> io::Result<usize> {
     end(IPPROTO_TCP, |socket| {
         let local = socket.local.ip();
         socket.mark == Some(MARK) && !local.is_loopback() && !own.contains(&local)
     })
-}
-
-/// The same, but not those that only begin.
-pub(super) fn of_begun(addresses: &[IpAddr]) -> io::Result<usize> {
-    end(IPPROTO_TCP, |socket| addresses.contains(&socket.local.ip()) && socket.state != TCP_SYN_SENT)
 }
 
 /// Whether this kernel ends sockets (`CONFIG_INET_DIAG_DESTROY`).

@@ -499,7 +499,7 @@ impl Network {
         }
         let (v4, v6): (Vec<_>, Vec<_>) = tunnelled.into_iter().partition(IpAddr::is_ipv4);
         // While our routes are in force: afterwards the resets of these would leave by an uplink.
-        end_of(v6).await;
+        end_of(v6.clone(), cut::of).await;
         match observed {
             Ok(observed) => {
                 for step in plan::plan_removal(&observed) {
@@ -521,9 +521,11 @@ impl Network {
                 Err(error) => result.errors.push(error),
             }
         }
+        // Programs that were told have connected again at once. What they sent would leave when it is sent again.
+        end_of(v6, cut::of_beginning).await;
         self.remove_firewall(owned, &mut result).await;
         // Now that their programs can connect again. The kernel sends nothing from an IPv4 address that is gone.
-        end_of(v4).await;
+        end_of(v4, cut::of).await;
         if result.errors.is_empty()
             && let Err(error) = self.journal.clear()
         {
@@ -613,9 +615,9 @@ pub(super) async fn on<T: Send + 'static>(
 }
 
 /// Ends the connections of the tunnel's addresses: no engine knows them any more.
-async fn end_of(addresses: Vec<IpAddr>) {
+async fn end_of(addresses: Vec<IpAddr>, which: fn(&[IpAddr]) -> io::Result<usize>) {
     if !addresses.is_empty() {
-        end("of the tunnel", move || cut::of(&addresses)).await;
+        end("of the tunnel", move || which(&addresses)).await;
     }
 }
 

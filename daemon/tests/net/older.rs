@@ -1,12 +1,14 @@
 //! Connections from before: those that may not go on are ended, and nothing of that is seen outside.
 
 use std::io::{ErrorKind, Read, Write};
-use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream};
 use std::os::fd::AsFd;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use proxyvpnd::net::Stage;
-use proxyvpnd::net::desired::{Desired, MARK};
+use proxyvpnd::net::desired::{Desired, MARK, Tunnel};
 use rustix::fs::{Gid, Uid, fchown};
 use socket2::{Domain, Socket, Type};
 
@@ -247,4 +249,57 @@ fn a_clean_up_ends_what_went_through_the_tunnel_and_tells_nobody() {
             drop(fds);
         });
     }
+}
+
+#[test]
+#[ignore = "needs root and makes network namespaces"]
+fn what_is_opened_while_the_tunnel_goes_is_ended_with_it() {
+    let world = World::new();
+    world.host.run_async(async || {
+        let mut network = open(&world.state).await;
+        // Several times: it has to meet the right moment.
+        for killswitch in [true, false].repeat(6) {
+            let desired = Desired { killswitch, ..desired() };
+            let fds = connect(&mut network, &desired).await;
+            let begin = |to: &str| {
+                let to: SocketAddr = to.parse().unwrap();
+                let socket = Socket::new(Domain::for_address(to), Type::STREAM, None).unwrap();
+                socket.set_nonblocking(true).unwrap();
+                let _ = socket.connect(&to.into());
+                socket
+            };
+            let tunnel: Vec<IpAddr> = desired.tunnel.iter().flat_map(Tunnel::addresses).collect();
+            let tunnelled = |socket: &Socket| {
+                let local = socket.local_addr().unwrap().as_socket();
+                local.is_some_and(|local| tunnel.contains(&local.ip()))
+            };
+            let mut open: Vec<_> =
+                ["203.0.113.9:80", "[2001:db8:9::9]:80"].repeat(4).into_iter().map(|to| (to, begin(to))).collect();
+            assert!(open.iter().all(|(_, socket)| tunnelled(socket)));
+            let end = Arc::new(AtomicBool::new(false));
+            // A program that connects again as soon as it is told.
+            let program = {
+                let end = Arc::clone(&end);
+                std::thread::spawn(move || {
+                    while !end.load(Ordering::Relaxed) {
+                        for (to, socket) in &mut open {
+                            if socket.take_error().unwrap().is_some() {
+                                *socket = begin(to);
+                            }
+                        }
+                        std::thread::yield_now();
+                    }
+                    open
+                })
+            };
+            let done = network.clean_up(proxyvpnd::net::Owned::Unexpected).await;
+            assert!(done.errors.is_empty(), "{:?}", done.errors);
+            end.store(true, Ordering::Relaxed);
+            for (to, socket) in program.join().unwrap() {
+                let waits = socket.take_error().unwrap().is_none();
+                assert!(!(waits && tunnelled(&socket)), "{to}, {killswitch}: waits in a tunnel that is gone");
+            }
+            drop(fds);
+        }
+    });
 }
