@@ -32,7 +32,8 @@ pub struct Link {
     pub gateway_mac: [u8; 6],
     /// Whether the guest's UDP leaves too, by sockets of this machine with the connector's mark, to where
     /// [`Connector::refused`](crate::upstream::Connector::refused) lets it ([`Connector::only`](crate::upstream::Connector::only)
-    /// is of TCP). With another upstream than [`Upstream::Direct`](crate::upstream::Upstream::Direct) it does not.
+    /// is of TCP); never to [`NOT_FOR_GUESTS`](crate::upstream::NOT_FOR_GUESTS) or a DNS port. With another upstream than
+    /// [`Upstream::Direct`](crate::upstream::Upstream::Direct) it does not.
     pub udp: bool,
 }
 

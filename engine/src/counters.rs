@@ -2,6 +2,8 @@
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use crate::packet::parse::Drop as Reason;
+
 /// A number that one thread adds to and any thread reads.
 #[derive(Debug, Default)]
 pub(crate) struct Counter(AtomicU64);
@@ -92,10 +94,34 @@ counters! {
     syn_repeated: "syn-repeated",
     /// ARP requests of a guest for its gateway, answered.
     arp_answered: "arp-answered",
+    /// Ports of a guest's that got a socket.
+    udp_mappings: "udp-mappings",
+    /// Of those the ones that are over: idle, broken, or at the engine's end.
+    udp_mappings_ended: "udp-mappings-ended",
+    /// Datagrams of a guest's that were sent.
+    udp_out: "udp-out",
+    /// Datagrams that were handed to a guest.
+    udp_in: "udp-in",
+    /// A guest's UDP packets refused because this machine has no way there.
+    udp_refused: "udp-refused",
+    /// A guest's UDP packets refused because nobody may send there: see [`Connector`](crate::upstream::Connector).
+    udp_refused_forbidden: "udp-refused-forbidden",
+    /// A guest's UDP packets refused because too many of its ports have a socket.
+    udp_refused_full: "udp-refused-full",
+    /// A guest's UDP packets refused because their port has sent to too many others.
+    udp_refused_peers: "udp-refused-peers",
+    /// A guest's UDP packets refused because this process could not open a socket.
+    udp_refused_no_socket: "udp-refused-no-socket",
     /// UDP packets answered with port-unreachable.
     udp_unreachable: "udp-unreachable",
     /// UDP packets dropped without an answer because of the rate limit.
     drop_udp_limit: "drop-udp-limit",
+    /// Datagrams of a guest's that the system did not take: no room, no route, or the firewall says no.
+    drop_udp_send: "drop-udp-send",
+    /// Datagrams for a guest from somebody that its port has not sent to within two minutes.
+    drop_udp_stranger: "drop-udp-stranger",
+    /// Datagrams for a guest that are longer than its MTU.
+    drop_udp_long: "drop-udp-long",
     /// Packets with impossible headers or lengths.
     drop_malformed: "drop-malformed",
     /// Packets with a wrong checksum.
@@ -124,6 +150,25 @@ counters! {
     drop_memory: "drop-memory",
     /// Packets that the device refused to take (it is down, or the packet was not to its liking).
     drop_device: "drop-device",
+}
+
+impl Counters {
+    /// What counts packets that are dropped for `reason`.
+    pub(crate) fn dropped(&self, reason: Reason) -> &Counter {
+        match reason {
+            Reason::Malformed => &self.drop_malformed,
+            Reason::Checksum => &self.drop_checksum,
+            Reason::Fragment => &self.drop_fragment,
+            Reason::Multicast => &self.drop_multicast,
+            Reason::Address => &self.drop_address,
+            Reason::NotTcp => &self.drop_not_tcp,
+            Reason::Mac => &self.drop_mac,
+            Reason::EtherType => &self.drop_ethertype,
+            Reason::Arp => &self.drop_arp,
+            Reason::Ipv6 => &self.drop_ipv6,
+            Reason::Source => &self.drop_source,
+        }
+    }
 }
 
 #[cfg(test)]

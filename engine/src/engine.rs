@@ -24,6 +24,7 @@ use crate::shard::core::{Dial, Parts, Shard};
 use crate::shard::peers::{Peers, Stray};
 use crate::shard::run::{Inputs, Request, run};
 use crate::sys::{LinkQueue, TunQueue};
+use crate::upstream::{Connector, Sockets, Upstream};
 
 /// The most flows that [`Engine::flows`] tells.
 const MAX_LISTED: usize = 10_000;
@@ -99,14 +100,14 @@ impl Engine {
         if queues.is_empty() {
             return Err(StartError::NoQueue);
         }
-        Self::launch(queues, config, &events)
+        Self::launch(queues, config, None, &events)
     }
 
     /// Starts the engine as a virtual machine's only way out: one thread behind its link.
     ///
     /// `link` is one end of a `socketpair(AF_UNIX, SOCK_SEQPACKET)`, whose other end is QEMU's `-netdev dgram`: a packet is an Ethernet
     /// frame, whole and with its checksums. It is made non-blocking. The guest is taken for hostile: only IPv4 from `ends.guest` is
-    /// taken in, and only ARP's question for `ends.gateway` answered. What it may connect to is what `config.connector` allows:
+    /// taken in, and only ARP's question for `ends.gateway` answered. What it may connect or send to is what `config.connector` allows:
     /// see [`Connector::refused`](crate::upstream::Connector::refused). Connections that another engine had on this link get a RST.
     ///
     /// [`Event::DeviceLost`] tells that the other end was closed.
@@ -121,12 +122,15 @@ impl Engine {
     ) -> Result<Self, StartError> {
         let fd = Arc::new(link);
         let queue = LinkQueue::new(Arc::clone(&fd)).map_err(StartError::NotLink)?;
-        Self::launch(vec![(fd, queue, Framing::Ethernet(ends))], config, &events)
+        let carried = ends.udp && matches!(config.connector.upstream, Upstream::Direct);
+        let datagrams = carried.then(|| Arc::clone(&config.connector));
+        Self::launch(vec![(fd, queue, Framing::Ethernet(ends))], config, datagrams, &events)
     }
 
     fn launch<Q: Watched>(
         queues: Vec<(Arc<OwnedFd>, Q, Framing)>,
         config: Config,
+        datagrams: Option<Arc<Connector>>,
         events: &mpsc::Sender<Event>,
     ) -> Result<Self, StartError> {
         let connector = Arc::clone(&config.connector);
@@ -150,6 +154,7 @@ impl Engine {
                 limits: config.limits,
                 totals: Arc::clone(&totals),
                 owners: config.owners.clone(),
+                datagrams: datagrams.clone(),
                 dial: Arc::clone(&dial),
                 health: Arc::clone(&health),
                 events: events.clone(),
@@ -205,6 +210,7 @@ struct Setup {
     limits: Limits,
     totals: Arc<Totals>,
     owners: Option<Arc<dyn Owners>>,
+    datagrams: Option<Arc<Connector>>,
     dial: Dial,
     health: Arc<Health>,
     events: mpsc::Sender<Event>,
@@ -263,6 +269,7 @@ impl Setup {
             // The hash of anything under a fresh random key.
             seeds: [RandomState::new().hash_one(4), RandomState::new().hash_one(6)],
             dial: self.dial,
+            sockets: self.datagrams.map(|connector| Box::new(connector) as Box<dyn Sockets>),
             outcomes: outcomes_in,
             health: self.health,
             peers: self.peers,

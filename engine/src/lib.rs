@@ -9,7 +9,7 @@
 //! - [`upstream`]: the way out: HTTP CONNECT or direct, marked sockets, probe
 //! - [`secret`]: a password that cannot be printed
 //!
-//! The way of a packet: `device` (frames, offloads) → `packet` (parse, refuse UDP) → `table` (4-tuple → flow) → `shard`
+//! The way of a packet: `device` (frames, offloads) → `packet` (parse) → `table` (4-tuple → flow) → `shard`
 //! (what happens to it) → `relay` (smoltcp ↔ upstream socket), with `timer` and `sys` (ring memory, ioctls) below.
 
 pub mod config;

@@ -14,7 +14,7 @@ use smoltcp::time::Instant;
 use tokio::sync::mpsc;
 
 use super::{Engine, StartError};
-use crate::config::{Config, Limits};
+use crate::config::{Config, Limits, Link};
 use crate::device::Queue;
 use crate::event::Event;
 use crate::packet::parse::{ACK, RST};
@@ -206,6 +206,21 @@ fn nothing_but_the_public_internet_is_reached_through_a_proxy_either() {
     assert_eq!(guest.counter("flows-refused-forbidden"), 11);
     assert!(guest.asked.lock().unwrap().is_empty(), "the proxy was not even asked");
     assert_ne!(guest.answer("11.0.0.1"), RST | ACK);
+}
+
+#[test]
+fn udp_does_not_go_around_a_proxy() {
+    let (address, _) = proxy();
+    let (guest, other) = link();
+    let (sender, _events) = mpsc::channel(8);
+    let ends = Link { udp: true, ..LINK };
+    let engine = Engine::start_link(other, ends, config(connector(address, None)), sender).unwrap();
+    sockopt::set_socket_timeout(&guest, sockopt::Timeout::Recv, Some(BOUND)).unwrap();
+    send(&guest, &guest_ipv4(&Packets::new("10.10.11.2", "192.0.2.9").udp(b"x")), SendFlags::NOSIGNAL).unwrap();
+    let mut frame = vec![0; 70_000];
+    let (_, length) = recv(&guest, &mut frame[..], RecvFlags::empty()).unwrap();
+    assert_eq!(to_guest(&frame[..length]).unwrap()[20..22], [3, 3], "port unreachable");
+    assert!(engine.counters().contains(&("udp-unreachable", 1)) && engine.counters().contains(&("udp-mappings", 0)));
 }
 
 #[test]

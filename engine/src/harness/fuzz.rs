@@ -174,7 +174,7 @@ fn fed(framing: Framing, mut script: Script<'_>) {
                 let Some(next) = bench.shard.next_deadline() else { break };
                 bench.now = next.max(bench.now);
             }
-            assert_eq!((bench.shard.next_deadline(), bench.shard.held()), (None, [0; 8]));
+            assert_eq!((bench.shard.next_deadline(), bench.shard.held()), (None, [0; 9]));
             assert_eq!((bench.counters.packets_in.get(), bench.counters.arp_answered.get()), (packets, questions));
         });
     });

@@ -4,10 +4,12 @@
 //! - [`checksum`]: the Internet checksum
 //! - [`ethernet`]: a guest's frames
 //! - [`icmp`]: port-unreachable answers
+//! - [`udp`]: datagrams over IPv4
 //! - [`vnet`]: the virtio-net header of a TUN queue
 
 pub(crate) mod checksum;
 pub(crate) mod ethernet;
 pub(crate) mod icmp;
 pub(crate) mod parse;
+pub(crate) mod udp;
 pub(crate) mod vnet;

@@ -1,11 +1,12 @@
-//! Sorts an IP packet: TCP for the flow table, UDP to be refused, or a reason to drop it.
+//! Sorts an IP packet: TCP for the flow table, UDP to be refused or carried, or a reason to drop it.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use super::checksum::Sum;
 
 const TCP: u8 = 6;
-const UDP: u8 = 17;
+/// UDP's number in an IP header.
+pub(super) const UDP: u8 = 17;
 
 /// FIN bit of a TCP header (RFC 9293 section 3.1).
 pub(crate) const FIN: u8 = 0x01;
@@ -122,7 +123,7 @@ impl Segment<'_> {
 pub(crate) enum Packet<'a> {
     /// For the flow table.
     Tcp(Segment<'a>),
-    /// To be refused.
+    /// To be refused, or a guest's to be carried. Its header is not looked at yet.
     Udp {
         /// The IP packet.
         packet: &'a [u8],

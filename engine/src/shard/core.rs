@@ -5,6 +5,7 @@ use std::io;
 use std::net::SocketAddr;
 use std::pin::Pin;
 use std::sync::{Arc, OnceLock};
+use std::task::Waker;
 use std::time::Duration;
 
 use smoltcp::iface::{Interface, SocketSet};
@@ -16,23 +17,21 @@ use tokio::sync::mpsc::UnboundedSender;
 use super::admission::{Admission, Refused};
 use super::bucket::Bucket;
 use super::peers::{HandedOver, Peers, Stray};
-use super::ready::{FlowWaker, Ready};
+use super::ready::{Ready, Waking};
+use super::udp::Udp;
 use crate::config::Limits;
 use crate::counters::Counters;
 use crate::device::{Content, Port, Queue, Sender};
 use crate::event::FlowInfo;
 use crate::flow::{Flow, Pending, Stage, state_name};
 use crate::health::Health;
-use crate::packet::icmp::port_unreachable;
-use crate::packet::parse::{self, Drop as Reason, Packet, RST, SYN, Segment};
+use crate::packet::parse::{self, Packet, RST, SYN, Segment};
 use crate::relay::{End, Pumped, Relay};
 use crate::sys::{Connection, Slab};
 use crate::table::{FlowId, Table};
 use crate::timer::{Armed, Timers};
-use crate::upstream::{ConnectError, Shortage, Target, Tunnel};
+use crate::upstream::{ConnectError, Shortage, Sockets, Target, Tunnel};
 
-/// Port-unreachable answers per second, and as many at once after a quiet time.
-const UNREACHABLE_RATE: u32 = 1000;
 /// A deadline is never closer than this, so that no state of a socket can spin the loop.
 const TICK: smoltcp::time::Duration = smoltcp::time::Duration::from_millis(1);
 /// RFC 9293 section 3.7.1: what a SYN without the option means. smoltcp takes it for IPv6 too.
@@ -66,6 +65,8 @@ pub(crate) struct Parts<Q> {
     pub(crate) seeds: [u64; 2],
     /// The way out.
     pub(crate) dial: Dial,
+    /// The way out for datagrams of a guest's, if it has one.
+    pub(crate) sockets: Option<Box<dyn Sockets>>,
     /// Where outcomes of attempts go; they come back through [`Shard::connected`].
     pub(crate) outcomes: UnboundedSender<(FlowId, Outcome)>,
     /// What the upstream's state is told by.
@@ -80,7 +81,7 @@ pub(crate) struct Parts<Q> {
 pub(crate) struct Shard<Q> {
     /// The device.
     pub(crate) sender: Sender<Q>,
-    pub(super) ready: Arc<Ready>,
+    ready: Arc<Ready<FlowId>>,
     table: Table<Flow>,
     admission: Admission,
     dirty: VecDeque<FlowId>,
@@ -92,7 +93,7 @@ pub(crate) struct Shard<Q> {
     v4: Stack,
     v6: Stack,
     nobody: SocketSet<'static>,
-    unreachable: Bucket,
+    udp: Udp,
     log: Bucket,
     dial: Dial,
     outcomes: UnboundedSender<(FlowId, Outcome)>,
@@ -150,7 +151,7 @@ impl<Q: Queue> Shard<Q> {
             v4,
             v6,
             nobody: SocketSet::new(Vec::new()),
-            unreachable: Bucket::new(UNREACHABLE_RATE, now),
+            udp: Udp::new(parts.sockets, parts.mtu, Arc::clone(&parts.health), Arc::clone(&parts.counters), now),
             log: Bucket::new(LOG_RATE, now),
             dial: parts.dial,
             outcomes: parts.outcomes,
@@ -170,7 +171,7 @@ impl<Q: Queue> Shard<Q> {
                 return;
             }
             Err(reason) => {
-                self.dropped(reason).increment();
+                self.counters.dropped(reason).increment();
                 return;
             }
         };
@@ -179,30 +180,9 @@ impl<Q: Queue> Shard<Q> {
         match parse::parse(packet, vouched_for) {
             Ok(Packet::Tcp(segment)) => self.segment(now, &segment),
             Ok(Packet::Udp { packet, source, destination }) => {
-                if !self.unreachable.take(now) {
-                    self.counters.drop_udp_limit.increment();
-                } else if let Some(answer) = port_unreachable(packet, source, destination) {
-                    self.counters.udp_unreachable.increment();
-                    self.sender.send_packet(&answer);
-                }
+                self.udp.packet(now, packet, source, destination, &mut self.sender);
             }
-            Err(reason) => self.dropped(reason).increment(),
-        }
-    }
-
-    fn dropped(&self, reason: Reason) -> &crate::counters::Counter {
-        match reason {
-            Reason::Malformed => &self.counters.drop_malformed,
-            Reason::Checksum => &self.counters.drop_checksum,
-            Reason::Fragment => &self.counters.drop_fragment,
-            Reason::Multicast => &self.counters.drop_multicast,
-            Reason::Address => &self.counters.drop_address,
-            Reason::NotTcp => &self.counters.drop_not_tcp,
-            Reason::Mac => &self.counters.drop_mac,
-            Reason::EtherType => &self.counters.drop_ethertype,
-            Reason::Arp => &self.counters.drop_arp,
-            Reason::Ipv6 => &self.counters.drop_ipv6,
-            Reason::Source => &self.counters.drop_source,
+            Err(reason) => self.counters.dropped(reason).increment(),
         }
     }
 
@@ -331,7 +311,7 @@ impl<Q: Queue> Shard<Q> {
             return;
         };
         self.counters.flows_opened.increment();
-        let waker = Arc::new(FlowWaker { flow: id, ready: Arc::clone(&self.ready) });
+        let waker = Arc::new(Waking { key: id, ready: Arc::clone(&self.ready) });
         let mss = syn.mss().unwrap_or(DEFAULT_MSS).max(MIN_MSS);
         if let Some(flow) = self.table.get_mut(id) {
             flow.place.answered();
@@ -410,9 +390,15 @@ impl<Q: Queue> Shard<Q> {
         }
     }
 
+    /// Wakes `shard` from now on when a socket has news.
+    pub(crate) fn register(&self, shard: &Waker) {
+        self.ready.register(shard);
+        self.udp.register(shard);
+    }
+
     /// True when [`turn`](Self::turn) has work at once.
     pub(crate) fn is_busy(&self) -> bool {
-        !self.dirty.is_empty()
+        !self.dirty.is_empty() || self.udp.is_busy() && !self.sender.is_blocked()
     }
 
     /// The device takes packets again.
@@ -443,6 +429,7 @@ impl<Q: Queue> Shard<Q> {
             let Some(id) = self.dirty.pop_front() else { break };
             self.look_at(now, id);
         }
+        self.udp.turn(now, &mut self.sender);
     }
 
     fn look_at(&mut self, now: Instant, id: FlowId) {
@@ -502,7 +489,8 @@ impl<Q: Queue> Shard<Q> {
 
     /// When [`turn`](Self::turn) must be called even if nothing happens.
     pub(crate) fn next_deadline(&mut self) -> Option<Instant> {
-        self.timers.next(|id| self.table.get_mut(id).map(|flow| flow.armed))
+        let flows = self.timers.next(|id| self.table.get_mut(id).map(|flow| flow.armed));
+        [flows, self.udp.next_deadline()].into_iter().flatten().min()
     }
 
     fn remove(&mut self, id: FlowId) {
@@ -512,9 +500,10 @@ impl<Q: Queue> Shard<Q> {
         }
     }
 
-    /// What a shard without flows must not hold: flows, their places, waiting ones, memory, entries of lists, of timers, blocks of rings, frames.
+    /// What a shard without flows must not hold: flows, their places, waiting ones, memory, entries of lists, of timers, blocks of rings, frames,
+    /// a guest's ports.
     #[cfg(any(test, feature = "harness"))]
-    pub(crate) fn held(&self) -> [usize; 8] {
+    pub(crate) fn held(&self) -> [usize; 9] {
         let lists = self.dirty.len() + self.stalled.len();
         let (timers, blocks) = (self.timers.len(), self.slab.taken());
         let (places, pending) = self.admission.in_use();
@@ -527,6 +516,7 @@ impl<Q: Queue> Shard<Q> {
             timers,
             blocks,
             usize::from(self.sender.is_blocked()),
+            self.udp.len(),
         ]
     }
 
@@ -542,7 +532,7 @@ impl<Q: Queue> Shard<Q> {
         self.admission.memory().change(0, held);
     }
 
-    /// Ends every flow with a RST to both sides.
+    /// Ends every flow with a RST to both sides, and closes a guest's ports.
     pub(crate) fn abort_all(&mut self, now: Instant) {
         let ids: Vec<_> = self.table.iter_mut().map(|(id, _)| id).collect();
         for id in ids {
@@ -564,6 +554,7 @@ impl<Q: Queue> Shard<Q> {
             }
             self.remove(id);
         }
+        self.udp.end();
     }
 
     /// At most `limit` flows, numbered so that they are unique among `shards` shards of which this is number `shard`.

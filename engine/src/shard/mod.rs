@@ -5,8 +5,9 @@
 //! - `bucket`: a rate limit
 //! - [`core`]: what happens to a packet, an answer of the upstream, a timer; knows no runtime and is told the time
 //! - [`peers`]: segments that the kernel gave to the wrong shard
-//! - [`ready`]: flows that the runtime woke
+//! - [`ready`]: what the runtime woke: flows, sockets for datagrams
 //! - [`run`]: the loop that feeds the core
+//! - [`udp`]: a guest's datagrams; refuses all other UDP
 
 pub(crate) mod admission;
 mod bucket;
@@ -16,3 +17,4 @@ mod ready;
 pub(crate) mod run;
 #[cfg(test)]
 mod tests;
+mod udp;

@@ -1,22 +1,26 @@
-//! Wake-ups of flows: each flow's waker puts its identity on a list and wakes the shard's loop.
+//! Wake-ups of flows and sockets: each one's waker puts its key on a list and wakes the shard's loop.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Wake, Waker};
 
-use crate::table::FlowId;
-
 /// The list. Filled and emptied by one thread in practice, so the lock is never waited for.
-#[derive(Debug, Default)]
-pub(super) struct Ready(Mutex<Inner>);
+#[derive(Debug)]
+pub(super) struct Ready<K>(Mutex<Inner<K>>);
 
-#[derive(Debug, Default)]
-struct Inner {
-    flows: Vec<FlowId>,
+#[derive(Debug)]
+struct Inner<K> {
+    keys: Vec<K>,
     shard: Option<Waker>,
 }
 
-impl Ready {
-    fn lock(&self) -> MutexGuard<'_, Inner> {
+impl<K> Default for Ready<K> {
+    fn default() -> Self {
+        Self(Mutex::new(Inner { keys: Vec::new(), shard: None }))
+    }
+}
+
+impl<K> Ready<K> {
+    fn lock(&self) -> MutexGuard<'_, Inner<K>> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -28,20 +32,20 @@ impl Ready {
         }
     }
 
-    /// Moves the flows that were woken to `into`; a flow may be there more than once.
-    pub(super) fn take(&self, into: &mut Vec<FlowId>) {
-        into.append(&mut self.lock().flows);
+    /// Moves the keys that were woken to `into`; one may be there more than once.
+    pub(super) fn take(&self, into: &mut Vec<K>) {
+        into.append(&mut self.lock().keys);
     }
 }
 
-/// Waker of one flow.
+/// Waker of one flow or socket.
 #[derive(Debug)]
-pub(super) struct FlowWaker {
-    pub(super) flow: FlowId,
-    pub(super) ready: Arc<Ready>,
+pub(super) struct Waking<K> {
+    pub(super) key: K,
+    pub(super) ready: Arc<Ready<K>>,
 }
 
-impl Wake for FlowWaker {
+impl<K: Copy + Send + Sync + 'static> Wake for Waking<K> {
     fn wake(self: Arc<Self>) {
         self.wake_by_ref();
     }
@@ -49,7 +53,7 @@ impl Wake for FlowWaker {
     fn wake_by_ref(self: &Arc<Self>) {
         let shard = {
             let mut inner = self.ready.lock();
-            inner.flows.push(self.flow);
+            inner.keys.push(self.key);
             inner.shard.clone()
         };
         if let Some(shard) = shard {

@@ -85,7 +85,7 @@ async fn turns<Q: Watched>(shard: &mut Shard<Q>, inputs: &mut Inputs<Q>, clock: 
     let mut gone = pin!(gone(queue));
     poll_fn(|context| {
         let now = clock.now();
-        shard.ready.register(context.waker());
+        shard.register(context.waker());
         while let Poll::Ready(request) = requests.poll_recv(context) {
             match request {
                 Some(Request::Flows(limit, reply)) => {

@@ -5,6 +5,7 @@ mod connection;
 mod link;
 mod slab;
 mod tun;
+mod udp;
 
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -16,6 +17,7 @@ pub(crate) use connection::Connection;
 pub(crate) use link::LinkQueue;
 pub(crate) use slab::Slab;
 pub(crate) use tun::TunQueue;
+pub(crate) use udp::watch_reads;
 
 /// Makes `queue`, whose descriptor is `fd`, non-blocking and registers it with the current runtime, for errors too.
 ///

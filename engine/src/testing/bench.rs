@@ -7,7 +7,7 @@ use smoltcp::time::Instant;
 use tokio::net::TcpStream;
 use tokio::sync::mpsc;
 
-use super::{Attempts, Double, Packets, Sent, tunnel};
+use super::{Attempts, Double, Outside, Packets, Sent, tunnel};
 use crate::config::Limits;
 use crate::counters::Counters;
 use crate::device::{Framing, Queue, Sender};
@@ -19,7 +19,7 @@ use crate::shard::admission::{Admission, Totals};
 use crate::shard::core::{Outcome, Parts, Shard};
 use crate::shard::peers::{Peers, Stray};
 use crate::table::FlowId;
-use crate::upstream::{ConnectError, Target};
+use crate::upstream::{ConnectError, Sockets, Target};
 
 /// Few flows, small rings.
 pub(crate) const LIMITS: Limits = Limits { flows: 16, pending: 8, ring: 64 * 1024, memory: 64 << 20 };
@@ -29,6 +29,7 @@ pub(crate) struct Bench<Q = Double> {
     pub(crate) shard: Shard<Q>,
     pub(crate) device: Double,
     pub(crate) attempts: Attempts,
+    pub(crate) outside: Outside,
     pub(crate) outcomes: mpsc::UnboundedReceiver<(FlowId, Outcome)>,
     pub(crate) events: mpsc::Receiver<Event>,
     pub(crate) strays: mpsc::Receiver<Stray>,
@@ -75,6 +76,8 @@ impl<Q: Queue> Bench<Q> {
         (peers, strays): (Peers, mpsc::Receiver<Stray>),
     ) -> Self {
         let (device, attempts, counters) = (Double::default(), Attempts::default(), Arc::<Counters>::default());
+        let outside = Outside::default();
+        let carried = matches!(framing, Framing::Ethernet(link) if link.udp);
         let (outcomes_in, outcomes) = mpsc::unbounded_channel();
         let (events_in, events) = mpsc::channel(1);
         let parts = Parts {
@@ -84,13 +87,15 @@ impl<Q: Queue> Bench<Q> {
             admission,
             seeds: [1, 2],
             dial: attempts.dial(),
+            sockets: carried.then(|| Box::new(outside.clone()) as Box<dyn Sockets>),
             outcomes: outcomes_in,
             health: Arc::new(Health::new(events_in)),
             peers,
             counters: Arc::clone(&counters),
         };
         let now = Instant::from_secs(1);
-        Self { shard: Shard::new(parts, now).unwrap(), device, attempts, outcomes, events, strays, counters, now }
+        let shard = Shard::new(parts, now).unwrap();
+        Self { shard, device, attempts, outside, outcomes, events, strays, counters, now }
     }
 
     pub(crate) fn feed(&mut self, packet: &[u8]) {

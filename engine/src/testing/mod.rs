@@ -3,6 +3,7 @@
 //! - [`packets`]: packets of a program
 //! - [`queue`]: the plain device; around it [`faults`] (loss, order, damage) and [`pcap`] (a record)
 //! - [`link`]: frames of a guest
+//! - [`outside`]: sockets for datagrams
 //! - [`upstream`]: attempts that the test answers, and far ends of tunnels
 //! - [`bench`]: a shard between such doubles
 //! - [`client`]: a complete TCP stack at the other end of the device
@@ -18,6 +19,7 @@ mod bench;
 mod client;
 mod faults;
 mod link;
+mod outside;
 mod packets;
 mod pcap;
 mod program;
@@ -30,6 +32,7 @@ pub(crate) use bench::{Bench, LIMITS};
 pub(crate) use client::Client;
 pub(crate) use faults::{Faults, Rates};
 pub(crate) use link::{LINK, guest, guest_ipv4, to_guest, who_has};
+pub(crate) use outside::{Outlet, Outside};
 pub(crate) use packets::{Packets, Sent, complete, fix_header, read_tcp};
 pub(crate) use pcap::{Pcap, TestClock};
 pub(crate) use queue::Double;

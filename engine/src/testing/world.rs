@@ -348,7 +348,7 @@ impl World {
     }
 
     /// What changes when something is done.
-    fn state(&self) -> (u64, [usize; 8]) {
+    fn state(&self) -> (u64, [usize; 9]) {
         let counted = Counters::sum([&*self.bench.counters].into_iter()).iter().map(|(_, count)| count).sum();
         (counted, self.bench.shard.held())
     }
@@ -473,7 +473,7 @@ impl World {
             self.rest().await?;
             let Some(next) = self.bench.shard.next_deadline() else {
                 let held = self.bench.shard.held();
-                return if held == [0; 8] { Ok(()) } else { Err(format!("left behind: {held:?}")) };
+                return if held == [0; 9] { Ok(()) } else { Err(format!("left behind: {held:?}")) };
             };
             self.pass(next - self.bench.now);
         }

@@ -1,9 +1,10 @@
-//! The way out of the engine: marked TCP connections to a destination, straight or through an HTTP proxy.
+//! The way out of the engine: marked TCP connections to a destination, straight or through an HTTP proxy, and marked datagrams.
 //!
 //! - [`Upstream`], [`Target`], [`Connector`], [`Tunnel`]: what is asked for and what comes back (here)
 //! - `connect`: [`Connector::connect`]
 //! - `probe`: [`Connector::probe`]
 //! - `credentials`: a user name and password that Basic authentication can carry
+//! - `datagrams`: marked sockets for a guest's UDP
 //! - `error`: [`ConnectError`], [`Shortage`]
 //! - `exhausted`: addresses for which no port is left
 //! - `http`: request and answer of CONNECT as bytes, no I/O
@@ -14,6 +15,7 @@
 
 mod connect;
 mod credentials;
+mod datagrams;
 mod error;
 mod exhausted;
 #[cfg(feature = "harness")]
@@ -33,6 +35,7 @@ use std::time::Duration;
 use tokio::net::TcpStream;
 
 pub use credentials::{Credentials, CredentialsError};
+pub(crate) use datagrams::{Socket, Sockets};
 pub use error::{AuthenticationFault, ConnectError, Shortage};
 pub use exhausted::Exhausted;
 pub use policy::NOT_FOR_GUESTS;
@@ -78,7 +81,7 @@ pub struct Connector {
     pub mark: Option<u32>,
     /// Bound on TCP connect plus handshake.
     pub timeout: Duration,
-    /// Networks that nobody may be connected to, whatever the upstream: a proxy is not even asked. Loopback, groups and broadcast always
+    /// Networks that nobody may be connected or send to, whatever the upstream: a proxy is not even asked. Loopback, groups and broadcast always
     /// are, and with [`Direct`](Upstream::Direct) whatever is this machine's at the time. For a guest: this machine's addresses and,
     /// unless `only` says who is left, [`NOT_FOR_GUESTS`].
     pub refused: Vec<ipnet::IpNet>,

@@ -1,11 +1,13 @@
-//! Who may not be connected to, whatever the upstream.
+//! Who may not be connected to, or sent datagrams to, whatever the upstream.
 
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddrV4};
 
 use ipnet::IpNet;
 
 use super::http::excerpt;
 use super::{ConnectError, Connector, Target};
+
+const DNS: u16 = 53;
 
 /// Networks that a guest has no business in: all that is not the public Internet, above all this machine and what is near it
 /// (the special-purpose registries of IANA, RFC 6890), and IPv6 networks that stand for IPv4 addresses.
@@ -67,15 +69,33 @@ impl Connector {
             }
             Target::Name(..) => return Ok(()),
         };
+        let wanted = self.only.as_ref().is_none_or(|only| only.contains(address));
+        if wanted && self.lets(address.ip()) { Ok(()) } else { Err(ConnectError::Forbidden(address.ip())) }
+    }
+
+    /// May somebody send datagrams to `peer`? Where connections may go, but [`only`](Self::only) says nothing here, so nobody near is
+    /// reached even if [`refused`](Self::refused) leaves that to it. Not to a DNS port: names are the host's to look up, and who sees
+    /// such a question learns whom the guest is about to meet.
+    ///
+    /// # Errors
+    /// [`ConnectError::Forbidden`].
+    pub(crate) fn permits_datagrams(&self, peer: SocketAddrV4) -> Result<(), ConnectError> {
+        let ip = IpAddr::V4(*peer.ip());
+        let near = NOT_FOR_GUESTS.iter().any(|net| net.contains(&ip));
+        let wanted = !near && ![0, DNS].contains(&peer.port());
+        if wanted && self.lets(ip) { Ok(()) } else { Err(ConnectError::Forbidden(ip)) }
+    }
+
+    /// May anything go to `ip`, whoever is wanted there?
+    fn lets(&self, ip: IpAddr) -> bool {
         // ::ffff:127.0.0.1 is 127.0.0.1 to the kernel.
-        let (ip, plain) = (address.ip(), address.ip().to_canonical());
+        let plain = ip.to_canonical();
         let nobody = plain.is_unspecified()
             || plain.is_loopback()
             || plain.is_multicast()
             || matches!(plain, IpAddr::V4(v4) if v4.is_broadcast());
         let refused = self.refused.iter().any(|net| net.contains(&plain) || net.contains(&ip));
-        let wanted = self.only.as_ref().is_none_or(|only| only.contains(address));
-        if nobody || refused || !wanted { Err(ConnectError::Forbidden(ip)) } else { Ok(()) }
+        !nobody && !refused
     }
 }
 
@@ -128,6 +148,24 @@ mod tests {
         for ip in OUTSIDE.split_whitespace() {
             assert!(permits(&guests, ip.parse().unwrap()), "{ip}");
         }
+    }
+
+    #[test]
+    fn datagrams_reach_nobody_near_whatever_is_refused_or_wanted() {
+        let permits =
+            |connector: &Connector, ip, port| connector.permits_datagrams(SocketAddrV4::new(ip, port)).is_ok();
+        let v4 = |text: &str| text.split_whitespace().filter_map(|ip| ip.parse().ok()).collect::<Vec<Ipv4Addr>>();
+        let guests = connector(&NOT_FOR_GUESTS, None);
+        let bridges = connector(&["192.0.2.1/32".parse().unwrap()], Some(&["192.0.2.1:443", "10.0.0.1:443"]));
+        for connector in [&guests, &bridges] {
+            assert!(v4(INSIDE).into_iter().all(|ip| !permits(connector, ip, 443)), "{connector:?}");
+            assert!(v4(OUTSIDE).into_iter().all(|ip| permits(connector, ip, 443)), "{connector:?}");
+            for (port, may) in [(0, false), (53, false), (54, true), (3478, true), (u16::MAX, true)] {
+                assert_eq!(permits(connector, Ipv4Addr::new(1, 0, 0, 1), port), may, "port {port}");
+            }
+        }
+        assert!((v4(INSIDE).len(), v4(OUTSIDE).len()) > (20, 15));
+        assert!(!permits(&bridges, Ipv4Addr::new(192, 0, 2, 1), 443), "this machine's own");
     }
 
     #[test]

@@ -1,7 +1,8 @@
 //! A third namespace with nothing but a TAP device, whose frames go to the engine by a socket pair: to the engine it is a virtual machine.
 
-use std::net::Ipv4Addr;
+use std::net::{Ipv4Addr, UdpSocket};
 use std::os::fd::OwnedFd;
+use std::process::Command;
 use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::Duration;
@@ -63,8 +64,47 @@ impl Lab {
         (Guest { name, pumps: vec![out, back] }, other)
     }
 
+    /// Gives servers the addresses 192.0.2.0/24, which are no guest's to be kept from; only marked sockets have a way there.
+    pub fn public(&self) {
+        self.net("route add local 192.0.2.0/24 dev lo");
+        ip(&self.app, "route add 192.0.2.0/24 via 10.77.0.2 table 100");
+    }
+
+    /// Changes the firewall of the engine's namespace.
+    pub fn nft(&self, script: &str) {
+        run("ip", &["netns", "exec", &self.app, "nft", script]);
+    }
+
+    /// What the counter `name` of the table `inet seen` there has seen.
+    pub fn seen(&self, name: &str) -> u64 {
+        let args = ["netns", "exec", &self.app, "nft", "list", "counter", "inet", "seen", name];
+        let text = String::from_utf8(Command::new("ip").args(args).output().unwrap().stdout).unwrap();
+        let packets = text.split("packets ").nth(1).unwrap();
+        packets.split(' ').next().unwrap().parse().unwrap()
+    }
+
+    /// A socket for datagrams among the servers.
+    pub fn udp(&self, address: &'static str) -> UdpSocket {
+        inside(&self.net, move || {
+            let socket = UdpSocket::bind(address).unwrap();
+            socket.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
+            socket
+        })
+        .join()
+        .unwrap()
+    }
+
     /// Starts an engine behind `link` that connects directly, but not to `refused`.
     pub fn start_link(&self, link: OwnedFd, mtu: u16, refused: &[&str]) -> Running {
+        self.start_ends(link, LINK, mtu, refused)
+    }
+
+    /// The same, but UDP leaves too.
+    pub fn start_link_with_udp(&self, link: OwnedFd, mtu: u16, refused: &[&str]) -> Running {
+        self.start_ends(link, Link { udp: true, ..LINK }, mtu, refused)
+    }
+
+    fn start_ends(&self, link: OwnedFd, ends: Link, mtu: u16, refused: &[&str]) -> Running {
         let refused = refused.iter().map(|net| net.parse().unwrap()).collect();
         let running = inside(&self.app, move || {
             let connector = Connector {
@@ -77,7 +117,7 @@ impl Lab {
             let config = Config { mtu, limits: Limits::default(), connector: Arc::new(connector), owners: None };
             let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
             let (sender, events) = tokio::sync::mpsc::channel(8);
-            let engine = Engine::start_link(link, LINK, config, sender).unwrap();
+            let engine = Engine::start_link(link, ends, config, sender).unwrap();
             Running { runtime, engine, events }
         });
         running.join().unwrap()
@@ -111,6 +151,6 @@ impl Guest {
 
 impl Drop for Guest {
     fn drop(&mut self) {
-        let _ = std::process::Command::new("ip").args(["netns", "del", &self.name]).status();
+        let _ = Command::new("ip").args(["netns", "del", &self.name]).status();
     }
 }

@@ -111,7 +111,7 @@ proptest! {
             bench.later(8000);
             let left = bench.flows();
             prop_assert!(left.is_empty(), "left over: {left:?}");
-            prop_assert_eq!((bench.shard.next_deadline(), bench.shard.held()), (None, [0; 8]));
+            prop_assert_eq!((bench.shard.next_deadline(), bench.shard.held()), (None, [0; 9]));
             prop_assert_eq!(bench.counters.flows_opened.get(), bench.counters.flows_closed.get());
             Ok(())
         })?;

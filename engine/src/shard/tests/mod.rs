@@ -10,6 +10,7 @@ mod lossy;
 mod memory;
 mod models;
 mod shards;
+mod udp;
 
 use std::time::Duration;
 
