@@ -4,6 +4,7 @@ against the machine, reaches nothing but Tor's way out."""
 import os
 import re
 import shutil
+import signal
 import subprocess
 
 from image import BUSYBOX, altered, content
@@ -13,15 +14,17 @@ from torlab import HOST, NEIGHBOUR, OWN, PROFILE, PUBLIC_NEIGHBOUR
 ENGINE = "10.10.11.1"  # the guest's gateway
 
 
+def one_byte(folder):
+    """Alters one byte of the initramfs; the file is another one then, as when it is replaced."""
+    data = bytearray(content(f"{folder}/initramfs"))
+    data[1000] ^= 1
+    with open(f"{folder}/initramfs.new", "wb") as file:
+        file.write(data)
+    os.rename(f"{folder}/initramfs.new", f"{folder}/initramfs")
+
+
 @test("an image that is missing or not what its manifest says is not started, and the network stays open", seconds=60, daemon=None)
 def not_approved(lab):
-    def one_byte(folder):
-        with open(f"{folder}/initramfs", "r+b") as file:
-            file.seek(1000)
-            byte = file.read(1)
-            file.seek(1000)
-            file.write(bytes([byte[0] ^ 1]))
-
     before = lab.state()
     for spoil in one_byte, lambda folder: os.unlink(f"{folder}/vmlinuz"), lambda folder: os.unlink(f"{folder}/manifest.json"):
         with altered(lab, spoil=spoil) as image:
@@ -31,6 +34,20 @@ def not_approved(lab):
             equal(before, lab.state(), "a failed connect changed the network")
             expect(lab.qemu() is None, "QEMU was started")
             lab.daemon_stop()
+
+
+@test("an image that was replaced since the last start is looked at anew: blocked while it is not approved, back when it is", seconds=180, daemon=None)
+def replaced(lab):
+    with altered(lab) as image:
+        lab.daemon(image=image)
+        lab.connect_tor()
+        one_byte(image)
+        os.kill(lab.qemu(), signal.SIGKILL)
+        until(20, lambda: lab.status()["reason"]["code"] == "image-invalid", lambda: f"an altered image is not refused: {lab.status()}")
+        expect(lab.qemu() is None, "QEMU was started")
+        one_byte(image)
+        lab.await_state("connected")
+        lab.disconnect()
 
 
 # Tor's place in the guest; what it prints is Tor's log. Its user has the firewall's leave, and here there is no firewall.

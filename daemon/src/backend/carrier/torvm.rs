@@ -134,8 +134,10 @@ impl Carrier {
             return Ok(());
         }
         let spec = spec(request)?;
-        // Each start takes the image as it is then.
-        self.check_image().await?;
+        // Not yet checked where there was a virtual machine to go on with.
+        if self.image.is_none() {
+            self.check_image().await?;
+        }
         let (password, config) = self.told.clone().ok_or_else(|| internal("the phases are out of order"))?;
         let image = self.image.take().ok_or_else(|| internal("the phases are out of order"))?;
         let failed = |error: &(dyn std::error::Error + 'static)| Failure::from_error(ReasonCode::VmFailed, error);
