@@ -96,8 +96,6 @@ pub struct Vm {
     launcher: Launcher,
     qmp: Qmp,
     channel: Channel,
-    /// Not known of one that was adopted.
-    acceleration: Option<Acceleration>,
     /// Told before anybody asked.
     early: VecDeque<Event>,
     patience: Patience,
@@ -143,7 +141,7 @@ impl Vm {
         spec: Spec<'_>,
         tap: BorrowedFd<'_>,
         link: OwnedFd,
-    ) -> Result<Self, Error> {
+    ) -> Result<(Self, Acceleration), Error> {
         let plugin = spec.config.tor.bridges().iter().any(|bridge| bridge.transport().plugin().is_some());
         let initramfs = if plugin { image.transports.as_ref().ok_or(Error::NoTransports)? } else { &image.initramfs };
         let (directory, record) = (spec.state.to_owned(), spec.state.join(accel::RECORD));
@@ -165,25 +163,23 @@ impl Vm {
 
         let (accelerator, reason) = accel::first(spec.accelerator, remembered.as_ref());
         if accelerator == Accelerator::Tcg {
-            let vm = start.run(accelerator, reason).await?;
-            let version = vm.acceleration.as_ref().map(|used| used.qemu.as_str());
-            if remembered.is_some_and(|failure| version.is_some_and(|version| failure.outdated(version))) {
+            let (vm, used) = start.run(accelerator, reason).await?;
+            if remembered.is_some_and(|failure| failure.outdated(&used.qemu)) {
                 blocking("forget that KVM failed", move || {
                     let _ = crate::record::remove(&record);
                     Ok(())
                 })
                 .await?;
             }
-            return Ok(vm);
+            return Ok((vm, used));
         }
         let (version, cause, silent) = match start.run(accelerator, reason).await {
-            Ok(mut vm) => match vm.prove().await {
-                Ok(()) => return Ok(vm),
+            Ok((mut vm, used)) => match vm.prove().await {
+                Ok(()) => return Ok((vm, used)),
                 Err(cause) => {
-                    let version = vm.acceleration.take().map(|used| used.qemu).unwrap_or_default();
                     // Two at a time would share devices and disk.
                     vm.force().await;
-                    (version, cause, true)
+                    (used.qemu, cause, true)
                 }
             },
             Err(Error::Failed { cause }) => (String::new(), cause, false),
@@ -193,7 +189,7 @@ impl Vm {
             return Err(Error::Kvm { cause });
         }
         tracing::warn!("the virtual machine does not start with KVM, it is emulated: {cause}");
-        let vm = start.run(Accelerator::Tcg, accel::fallback(&cause)).await?;
+        let started = start.run(Accelerator::Tcg, accel::fallback(&cause)).await?;
         // A refusal is quick, and need not be remembered: the device may appear.
         if silent {
             blocking("remember that KVM failed", move || {
@@ -202,7 +198,7 @@ impl Vm {
             })
             .await?;
         }
-        Ok(vm)
+        Ok(started)
     }
 
     /// Goes on with one that an earlier process started; `None` when it has ended meanwhile.
@@ -227,12 +223,12 @@ impl Vm {
         }
         let qmp = Qmp::new(stream(kept.qmp.into()).map_err(told)?, true);
         let channel = Channel::new(stream(kept.channel.into()).map_err(told)?, true);
-        Ok(Self::new(launcher, qmp, channel, None))
+        Ok(Self::new(launcher, qmp, channel))
     }
 
-    fn new(launcher: Launcher, qmp: Qmp, channel: Channel, acceleration: Option<Acceleration>) -> Self {
+    fn new(launcher: Launcher, qmp: Qmp, channel: Channel) -> Self {
         let patience = Patience { heard: Instant::now(), limit: BOOT_TIME, asked: None };
-        Self { launcher, qmp, channel, acceleration, early: VecDeque::new(), patience, end: End::default() }
+        Self { launcher, qmp, channel, early: VecDeque::new(), patience, end: End::default() }
     }
 
     /// What a later process needs to go on with it, under [`Kept::NAMES`].
@@ -240,12 +236,6 @@ impl Vm {
     pub fn kept(&self) -> [(&'static str, BorrowedFd<'_>); 3] {
         let [launcher, qmp, channel] = Kept::NAMES;
         [(launcher, self.launcher.as_fd()), (qmp, self.qmp.as_fd()), (channel, self.channel.as_fd())]
-    }
-
-    /// What runs the guest's instructions, and why; not known of one that was adopted.
-    #[must_use]
-    pub const fn acceleration(&self) -> Option<&Acceleration> {
-        self.acceleration.as_ref()
     }
 
     /// Has the guest set its clock to the host's.
@@ -441,7 +431,7 @@ struct Start<'a> {
 }
 
 impl Start<'_> {
-    async fn run(&self, accelerator: Accelerator, reason: String) -> Result<Vm, Error> {
+    async fn run(&self, accelerator: Accelerator, reason: String) -> Result<(Vm, Acceleration), Error> {
         let failed = |source| Error::Prepare { operation: "make its sockets", source };
         let (qmp, its_qmp) = StdStream::pair().map_err(failed)?;
         let (channel, its_channel) = StdStream::pair().map_err(failed)?;
@@ -460,7 +450,7 @@ impl Start<'_> {
         let acceleration = Acceleration { accelerator, reason, qemu: version };
         let qmp = Qmp::new(stream(qmp).map_err(failed)?, false);
         let channel = Channel::new(stream(channel).map_err(failed)?, false);
-        Ok(Vm::new(launcher, qmp, channel, Some(acceleration)))
+        Ok((Vm::new(launcher, qmp, channel), acceleration))
     }
 }
 

@@ -21,7 +21,7 @@ use tokio::io::{AsyncBufReadExt as _, AsyncReadExt as _, AsyncWriteExt as _, Buf
 use tokio::net::UnixStream;
 use tokio::time::{Instant, timeout};
 
-use super::accel::{RECORD, Wanted};
+use super::accel::{Acceleration, RECORD, Wanted};
 use super::sys::watch;
 use super::*;
 use crate::test_dir::TestDir;
@@ -106,7 +106,7 @@ impl Launcher {
         Self { listener: watch(listener).unwrap(), socket, dir }
     }
 
-    async fn launch(&self, accelerator: Wanted) -> Result<Vm, Error> {
+    async fn launch(&self, accelerator: Wanted) -> Result<(Vm, Acceleration), Error> {
         let image = Image::open(&self.dir.path("")).await?;
         let spec = Spec {
             accelerator,
@@ -177,10 +177,9 @@ fn accelerator(qemu: &Qemu) -> Accelerator {
 #[tokio::test]
 async fn it_starts_with_all_that_it_needs() {
     let launcher = Launcher::new("vm-start");
-    let (vm, mut qemu) = tokio::join!(launcher.launch(Wanted::Auto), launcher.good());
-    let mut vm = vm.unwrap();
+    let (started, mut qemu) = tokio::join!(launcher.launch(Wanted::Auto), launcher.good());
+    let (mut vm, used) = started.unwrap();
     assert_eq!(qemu.request, Some(Request { accelerator: Accelerator::Kvm, memory_mib: 256 }));
-    let used = vm.acceleration().unwrap();
     assert_eq!((used.accelerator, &*used.qemu), (Accelerator::Kvm, "7.2.22"));
     assert_eq!(vm.event().await, Event::Status(Status::Init), "what the proof read is still told");
     assert_eq!(qemu.command().await, "qmp_capabilities");
@@ -225,7 +224,7 @@ async fn without_a_launcher_or_with_a_bad_one_it_says_what_to_do() {
 #[tokio::test(start_paused = true)]
 async fn a_guest_that_is_silent_under_kvm_is_emulated_and_that_is_remembered() {
     let launcher = Launcher::new("vm-kvm");
-    let (vm, qemu) = tokio::join!(launcher.launch(Wanted::Auto), async {
+    let (started, qemu) = tokio::join!(launcher.launch(Wanted::Auto), async {
         let mut first = launcher.qemu().await;
         assert_eq!(accelerator(&first), Accelerator::Kvm);
         first.reply(&Reply::Started { version: "7.2.22".to_owned() });
@@ -235,13 +234,13 @@ async fn a_guest_that_is_silent_under_kvm_is_emulated_and_that_is_remembered() {
         assert_eq!(accelerator(&second), Accelerator::Tcg);
         second
     });
-    let reason = vm.unwrap().acceleration().unwrap().reason.clone();
+    let reason = started.unwrap().1.reason;
     assert!(reason.contains("did not report within 5 s"), "{reason}");
     drop(qemu);
 
-    let (vm, qemu) = tokio::join!(launcher.launch(Wanted::Auto), launcher.good());
+    let (started, qemu) = tokio::join!(launcher.launch(Wanted::Auto), launcher.good());
     assert_eq!(accelerator(&qemu), Accelerator::Tcg, "it is not tried again");
-    assert!(vm.unwrap().acceleration().unwrap().reason.contains("before"));
+    assert!(started.unwrap().1.reason.contains("before"));
     drop(qemu);
 
     let (kvm, ()) = tokio::join!(launcher.launch(Wanted::Kvm), async {
@@ -252,24 +251,24 @@ async fn a_guest_that_is_silent_under_kvm_is_emulated_and_that_is_remembered() {
     assert!(kvm.unwrap_err().to_string().contains("an error of KVM"));
 
     // With another QEMU it is worth a try.
-    let (vm, _qemu) = tokio::join!(launcher.launch(Wanted::Auto), async {
+    let (started, _qemu) = tokio::join!(launcher.launch(Wanted::Auto), async {
         let qemu = launcher.qemu().await;
         qemu.reply(&Reply::Started { version: "8.0.0".to_owned() });
         qemu
     });
-    vm.unwrap();
+    started.unwrap();
     assert!(!launcher.dir.path("state").join(RECORD).exists());
 }
 
 #[tokio::test]
 async fn where_kvm_is_refused_it_is_emulated_and_that_is_not_remembered() {
     let launcher = Launcher::new("vm-refused");
-    let (vm, qemu) = tokio::join!(launcher.launch(Wanted::Auto), async {
+    let (started, qemu) = tokio::join!(launcher.launch(Wanted::Auto), async {
         launcher.qemu().await.reply(&Reply::Failed { cause: "there is no /dev/kvm".to_owned() });
         launcher.good().await
     });
     assert_eq!(accelerator(&qemu), Accelerator::Tcg);
-    assert!(vm.unwrap().acceleration().unwrap().reason.contains("no /dev/kvm"));
+    assert!(started.unwrap().1.reason.contains("no /dev/kvm"));
     assert!(!launcher.dir.path("state").join(RECORD).exists());
 }
 

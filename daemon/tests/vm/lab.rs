@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use proxyvpn_torvm::config::{GuestConfig, List, TorSettings};
 use proxyvpn_torvm::link::{HOST, HOST_MAC, PREFIX};
 use proxyvpnd::tor::Password;
-use proxyvpnd::vm::accel::Wanted;
+use proxyvpnd::vm::accel::{Acceleration, Wanted};
 use proxyvpnd::vm::{Error, Image, Kept, Spec, Vm};
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
 
@@ -57,7 +57,7 @@ impl Lab {
         Self { directory, image, tap, launcher, _link: link, guest }
     }
 
-    pub(crate) async fn launch(&self, accelerator: Wanted, password: &Password) -> Result<Vm, Error> {
+    pub(crate) async fn launch(&self, accelerator: Wanted, password: &Password) -> Result<(Vm, Acceleration), Error> {
         let image = Image::open(&self.image).await?;
         let config = GuestConfig {
             control_password: password.hashed().unwrap(),

@@ -152,16 +152,19 @@ impl Carrier {
         };
         let wanted = vm::Spec { accelerator, memory_mib: spec.memory_mib, config, state: &self.paths.state };
         let vm = Vm::launch(&self.paths.launcher, image, wanted, tap.as_fd(), theirs).await;
-        let vm = vm.map_err(|error| failed(&error))?;
-        if let Some(used) = vm.acceleration() {
-            self.accelerator = (accelerator_name(used.accelerator), used.reason.clone());
-            let running =
-                Running { password: password.clone(), accelerator: used.accelerator, why: used.reason.clone() };
-            self.leave(&vm, &ours, &running);
-        }
+        let (vm, used) = vm.map_err(|error| failed(&error))?;
+        let running = Running { password, accelerator: used.accelerator, why: used.reason };
+        self.leave(&vm, &ours, &running);
+        self.take_on(vm, running, ours, request).await
+    }
+
+    /// The virtual machine that carries the traffic from now on.
+    async fn take_on(&mut self, vm: Vm, running: Running, link: OwnedFd, request: &Request) -> Result<(), Failure> {
+        let Running { password, accelerator, why } = running;
+        self.accelerator = (accelerator_name(accelerator), why);
         self.guest = Some(Guest::new(vm, password.clone(), way(request), self.bootstrap.clone()));
         self.tor.set(Some(password));
-        self.carry(ours).await
+        self.carry(link).await
     }
 
     /// Leaves the virtual machine to a later daemon. Without that it ends with this one.
@@ -195,15 +198,12 @@ impl Carrier {
         let record = record::read(&self.paths.runtime.join(RECORD)).ok().flatten();
         let running = record.and_then(|bytes| serde_json::from_slice::<Running>(&bytes).ok());
         let vm = Vm::adopt(left.vm);
-        let (Some(Running { password, accelerator, why }), Some(vm)) = (running, vm) else {
+        let (Some(running), Some(vm)) = (running, vm) else {
             tracing::info!("the virtual machine of the daemon before can't be gone on with; it is started anew");
             self.forget_vm();
             return false;
         };
-        self.accelerator = (accelerator_name(accelerator), why);
-        self.guest = Some(Guest::new(vm, password.clone(), way(request), self.bootstrap.clone()));
-        self.tor.set(Some(password));
-        if let Err(failure) = self.carry(left.link).await {
+        if let Err(failure) = self.take_on(vm, running, left.link, request).await {
             tracing::warn!("{}", failure.text);
             self.end_vm();
             return false;
