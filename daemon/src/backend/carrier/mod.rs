@@ -75,8 +75,8 @@ pub struct Carrier {
     /// A virtual machine that is being ended.
     ending: Option<JoinHandle<()>>,
     accelerator: (&'static str, String),
-    /// systemd-resolved asks Tor.
-    dns_told: bool,
+    /// Whether systemd-resolved asks Tor; `None` before it was told.
+    dns_told: Option<bool>,
     tor: TorSlot,
     /// The device in the place of the tunnel while all is blocked.
     held: Vec<OwnedFd>,
@@ -124,7 +124,7 @@ impl Carrier {
             guest: None,
             ending: None,
             accelerator: Default::default(),
-            dns_told: false,
+            dns_told: None,
             tor: TorSlot::default(),
             queues,
             limits,

@@ -128,6 +128,8 @@ impl Carrier {
             // What is asked for is its end, however it came.
             let _ = ending.await;
         }
+        // A virtual machine that is gone on with has its own.
+        let told = self.told.take();
         if let Some(left) = self.left.take()
             && self.go_on(left, request).await
         {
@@ -138,7 +140,7 @@ impl Carrier {
         if self.image.is_none() {
             self.check_image().await?;
         }
-        let (password, config) = self.told.clone().ok_or_else(|| internal("the phases are out of order"))?;
+        let (password, config) = told.ok_or_else(|| internal("the phases are out of order"))?;
         let image = self.image.take().ok_or_else(|| internal("the phases are out of order"))?;
         let failed = |error: &(dyn std::error::Error + 'static)| Failure::from_error(ReasonCode::VmFailed, error);
         let flags = SocketFlags::CLOEXEC;
@@ -268,10 +270,10 @@ impl Carrier {
         let device = desired.tunnel.as_ref().map(|tunnel| tunnel.name.clone()).unwrap_or_default();
         self.in_force = Some(desired);
         let configured = resolved::configure(&self.bus, &device, link::GUEST.into()).await;
-        self.dns_told = configured.unwrap_or_else(|error| {
+        self.dns_told = Some(configured.unwrap_or_else(|error| {
             tracing::warn!(error = &error as &dyn std::error::Error, "systemd-resolved does not ask Tor");
             false
-        });
+        }));
         Ok(())
     }
 
@@ -300,6 +302,8 @@ impl Carrier {
         self.forget_vm();
         self.tor.set(None);
         self.image = None;
+        self.told = None;
+        self.dns_told = None;
         self.accelerator = Default::default();
         self.tap.clear();
         let left = self.left.take().and_then(|left| Vm::adopt(left.vm)).map(|vm| (vm, true));
@@ -319,10 +323,10 @@ impl Carrier {
     }
 }
 
-/// What keeps names from being looked up through Tor.
-pub(super) fn names(found: &Resolvers, dns_told: bool) -> Option<String> {
+/// What keeps names from being looked up through Tor, as far as it is known.
+pub(super) fn names(found: &Resolvers, dns_told: Option<bool>) -> Option<String> {
     let listed = if found.origin == Origin::ResolvConf { found.addresses.as_slice() } else { &[] };
-    resolved::warning(&[listed, &found.local].concat(), dns_told)
+    resolved::warning(&[listed, &found.local].concat(), dns_told.unwrap_or(true))
 }
 
 /// What Tor's troubles can come from.
