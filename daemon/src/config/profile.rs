@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use proxyvpn_torvm::config::TorSettings;
 use proxyvpn_torvm::config::proxy::Kind;
+use proxyvpn_torvm::launch::Accelerator;
 use serde::{Deserialize, Serialize};
 
 /// A profile: what to connect to and what to protect (`proxyvpn-profile(5)`).
@@ -123,8 +124,8 @@ impl Default for TunSpec {
 pub struct TorVmSpec {
     /// The virtual machine's memory in MiB, 128 to 4096.
     pub memory_mib: u32,
-    /// How its instructions are run.
-    pub accel: Accel,
+    /// What runs its instructions; `None`: the processor if that is seen to work, otherwise emulation.
+    pub accel: Option<Accelerator>,
     /// What Tor is told.
     pub tor: TorSettings,
     /// Proxy that Tor itself goes through.
@@ -133,19 +134,8 @@ pub struct TorVmSpec {
 
 impl Default for TorVmSpec {
     fn default() -> Self {
-        Self { memory_mib: 256, accel: Accel::Auto, tor: TorSettings::default(), proxy: None }
+        Self { memory_mib: 256, accel: None, tor: TorSettings::default(), proxy: None }
     }
-}
-
-/// `[torvm] accel`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-pub enum Accel {
-    /// By the processor if that is seen to work, otherwise by translation.
-    Auto,
-    /// By the processor.
-    Kvm,
-    /// By translation.
-    Tcg,
 }
 
 /// `[torvm] https-proxy` or `socks5-proxy`.

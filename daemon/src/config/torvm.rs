@@ -5,6 +5,7 @@ use proxyvpn_torvm::config::{
     Country, DirAuthority, Entry, List, LogLevel, MAX_BRIDGES, MAX_NODES, Network, Node, TorSettings, Transport,
     network,
 };
+use proxyvpn_torvm::launch::Accelerator;
 use proxyvpn_torvm::link;
 use toml::Spanned;
 
@@ -13,7 +14,7 @@ use ipnet::Ipv4Net;
 use super::check;
 use super::error::{ConfigError, Rejected};
 use super::parse::Reader;
-use super::profile::{Accel, TorProxySpec, TorVmSpec, TunSpec};
+use super::profile::{TorProxySpec, TorVmSpec, TunSpec};
 use super::raw::{self, Text};
 
 /// The TAP device's name unless `[tun] name` says otherwise.
@@ -62,7 +63,8 @@ impl Reader<'_> {
                 })
             })
         });
-        let accel = [("auto", Some(Accel::Auto)), ("kvm", Some(Accel::Kvm)), ("tcg", Some(Accel::Tcg))];
+        let accel = [("auto", None), ("kvm", Some(Accelerator::Kvm)), ("tcg", Some(Accelerator::Tcg))];
+        let accel = accel.map(|(word, accel)| (word, Some(accel)));
         Ok(TorVmSpec {
             memory_mib: memory.transpose()?.unwrap_or(default.memory_mib),
             accel: self.one_of(raw.accel.as_ref(), "accel", &accel, default.accel)?,

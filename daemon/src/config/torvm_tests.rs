@@ -88,7 +88,7 @@ tor-log = "info"
     .unwrap();
     assert_eq!((profile.tun.name.as_str(), profile.upstream.port), ("tor7", 3128));
     let torvm = profile.torvm.as_ref().unwrap();
-    assert_eq!((torvm.memory_mib, torvm.accel, torvm.tor.log), (512, Accel::Tcg, LogLevel::Info));
+    assert_eq!((torvm.memory_mib, torvm.accel, torvm.tor.log), (512, Some(Accelerator::Tcg), LogLevel::Info));
     assert_eq!(torvm.tor.bridges().len(), 2);
     assert_eq!(torvm.tor.transport(), Transport::Obfs4);
     let texts = |nodes: &[Node]| nodes.iter().map(ToString::to_string).collect::<Vec<_>>().join(",");
@@ -113,7 +113,7 @@ tor-log = "info"
 fn what_proxyctl_makes_of_the_forerunners_json_is_a_profile() {
     let text = include_str!("../../../cli/tests/data/torvm.toml");
     let torvm = profile("tor", "tor.toml", text).unwrap().torvm.unwrap();
-    assert_eq!((torvm.memory_mib, torvm.accel, torvm.tor.bridges().len()), (512, Accel::Tcg, 2));
+    assert_eq!((torvm.memory_mib, torvm.accel, torvm.tor.bridges().len()), (512, Some(Accelerator::Tcg), 2));
     assert_eq!(torvm.proxy.unwrap().username.as_deref(), Some("\"ann\""));
 }
 

@@ -19,19 +19,6 @@ const MEMORY: u64 = 24 * 3600;
 /// Characters of a remembered text.
 const MAX_TEXT: usize = 512;
 
-/// What is asked for.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum Wanted {
-    /// KVM where the guest runs under it, else TCG.
-    #[default]
-    Auto,
-    /// KVM or nothing.
-    Kvm,
-    /// TCG.
-    Tcg,
-}
-
 /// What is used, and why.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Acceleration {
@@ -86,20 +73,20 @@ impl Failure {
     }
 }
 
-/// What is tried first, and the reason for that.
-pub(super) fn first(wanted: Wanted, remembered: Option<&Failure>) -> (Accelerator, String) {
+/// What is tried first, and the reason for that. Nothing `wanted`: KVM where the guest runs under it, else TCG.
+pub(super) fn first(wanted: Option<Accelerator>, remembered: Option<&Failure>) -> (Accelerator, String) {
     choose(wanted, remembered, &kernel(), now())
 }
 
-fn choose(wanted: Wanted, remembered: Option<&Failure>, kernel: &str, now: u64) -> (Accelerator, String) {
+fn choose(wanted: Option<Accelerator>, remembered: Option<&Failure>, kernel: &str, now: u64) -> (Accelerator, String) {
     match (wanted, remembered) {
-        (Wanted::Tcg, _) => (Accelerator::Tcg, "emulation, as configured".to_owned()),
-        (Wanted::Kvm, _) => (Accelerator::Kvm, "KVM, as configured".to_owned()),
-        (Wanted::Auto, Some(failure)) if failure.holds(kernel, now) => (
+        (Some(Accelerator::Tcg), _) => (Accelerator::Tcg, "emulation, as configured".to_owned()),
+        (Some(Accelerator::Kvm), _) => (Accelerator::Kvm, "KVM, as configured".to_owned()),
+        (None, Some(failure)) if failure.holds(kernel, now) => (
             Accelerator::Tcg,
             format!("emulation, since the virtual machine did not start with KVM before: {}", failure.cause),
         ),
-        (Wanted::Auto, _) => (Accelerator::Kvm, "KVM, and the virtual machine has started with it".to_owned()),
+        (None, _) => (Accelerator::Kvm, "KVM, and the virtual machine has started with it".to_owned()),
     }
 }
 
@@ -139,13 +126,13 @@ mod tests {
         let failure =
             Failure { version: 1, kernel: "6.1".into(), qemu: "7.2".into(), cause: "silence".into(), at: 1_000_000 };
         let cases = [
-            (Wanted::Auto, None, "6.1", 1_000_000, Accelerator::Kvm, "has started"),
-            (Wanted::Auto, Some(&failure), "6.1", 1_000_000, Accelerator::Tcg, "before: silence"),
-            (Wanted::Auto, Some(&failure), "6.2", 1_000_000, Accelerator::Kvm, "has started"),
-            (Wanted::Auto, Some(&failure), "6.1", 1_000_000 + MEMORY, Accelerator::Kvm, "has started"),
-            (Wanted::Auto, Some(&failure), "6.1", 999_999, Accelerator::Kvm, "has started"),
-            (Wanted::Kvm, Some(&failure), "6.1", 1_000_000, Accelerator::Kvm, "as configured"),
-            (Wanted::Tcg, None, "6.1", 1_000_000, Accelerator::Tcg, "as configured"),
+            (None, None, "6.1", 1_000_000, Accelerator::Kvm, "has started"),
+            (None, Some(&failure), "6.1", 1_000_000, Accelerator::Tcg, "before: silence"),
+            (None, Some(&failure), "6.2", 1_000_000, Accelerator::Kvm, "has started"),
+            (None, Some(&failure), "6.1", 1_000_000 + MEMORY, Accelerator::Kvm, "has started"),
+            (None, Some(&failure), "6.1", 999_999, Accelerator::Kvm, "has started"),
+            (Some(Accelerator::Kvm), Some(&failure), "6.1", 1_000_000, Accelerator::Kvm, "as configured"),
+            (Some(Accelerator::Tcg), None, "6.1", 1_000_000, Accelerator::Tcg, "as configured"),
         ];
         for (wanted, remembered, kernel, now, accelerator, words) in cases {
             let (chosen, reason) = choose(wanted, remembered, kernel, now);
@@ -163,7 +150,7 @@ mod tests {
         let failure = Failure::new("7.2", "silence");
         failure.remember(&path);
         assert_eq!(Failure::recall(&path), Some(failure.clone()));
-        assert_eq!(first(Wanted::Auto, Some(&failure)).0, Accelerator::Tcg);
+        assert_eq!(first(None, Some(&failure)).0, Accelerator::Tcg);
         for bad in ["", "{}", r#"{"version":2,"kernel":"","qemu":"","cause":"","at":0}"#] {
             std::fs::write(&path, bad).unwrap();
             assert_eq!(Failure::recall(&path), None, "{bad}");

@@ -13,7 +13,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use tokio::net::UnixStream;
 use tokio::time::{Instant, sleep_until, timeout};
 
-use super::accel::{self, Acceleration, Wanted};
+use super::accel::{self, Acceleration};
 use super::channel::Channel;
 use super::launcher::Launcher;
 use super::qmp::{Qmp, Told};
@@ -35,8 +35,8 @@ const KILL_TIME: Duration = Duration::from_secs(4);
 /// What is started.
 #[derive(Debug)]
 pub struct Spec<'a> {
-    /// What runs the guest's instructions.
-    pub accelerator: Wanted,
+    /// What runs the guest's instructions; `None`: KVM where the guest runs under it, else TCG.
+    pub accelerator: Option<Accelerator>,
     /// The guest's memory in MiB.
     pub memory_mib: u32,
     /// What the guest is told.
@@ -130,7 +130,7 @@ struct End {
 
 impl Vm {
     /// Starts it through the launcher at `socket`. `tap`: queue of the TAP device; `link`: the guest's end of its way out. Under
-    /// KVM this waits until the guest has reported, and with [`Wanted::Auto`] starts it anew without if it does not. When it is
+    /// KVM this waits until the guest has reported, and unless it must be KVM starts it anew without if it does not. When it is
     /// dropped half-way, QEMU ends.
     ///
     /// # Errors
@@ -185,7 +185,7 @@ impl Vm {
             Err(Error::Failed { cause }) => (String::new(), cause, false),
             Err(error) => return Err(error),
         };
-        if spec.accelerator == Wanted::Kvm {
+        if spec.accelerator == Some(Accelerator::Kvm) {
             return Err(Error::Kvm { cause });
         }
         tracing::warn!("the virtual machine does not start with KVM, it is emulated: {cause}");

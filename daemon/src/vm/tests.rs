@@ -21,7 +21,7 @@ use tokio::io::{AsyncBufReadExt as _, AsyncReadExt as _, AsyncWriteExt as _, Buf
 use tokio::net::UnixStream;
 use tokio::time::{Instant, timeout};
 
-use super::accel::{Acceleration, RECORD, Wanted};
+use super::accel::{Acceleration, RECORD};
 use super::sys::watch;
 use super::*;
 use crate::test_dir::TestDir;
@@ -106,7 +106,7 @@ impl Launcher {
         Self { listener: watch(listener).unwrap(), socket, dir }
     }
 
-    async fn launch(&self, accelerator: Wanted) -> Result<(Vm, Acceleration), Error> {
+    async fn launch(&self, accelerator: Option<Accelerator>) -> Result<(Vm, Acceleration), Error> {
         let image = Image::open(&self.dir.path("")).await?;
         let spec = Spec {
             accelerator,
@@ -177,7 +177,7 @@ fn accelerator(qemu: &Qemu) -> Accelerator {
 #[tokio::test]
 async fn it_starts_with_all_that_it_needs() {
     let launcher = Launcher::new("vm-start");
-    let (started, mut qemu) = tokio::join!(launcher.launch(Wanted::Auto), launcher.good());
+    let (started, mut qemu) = tokio::join!(launcher.launch(None), launcher.good());
     let (mut vm, used) = started.unwrap();
     assert_eq!(qemu.request, Some(Request { accelerator: Accelerator::Kvm, memory_mib: 256 }));
     assert_eq!((used.accelerator, &*used.qemu), (Accelerator::Kvm, "7.2.22"));
@@ -203,28 +203,30 @@ async fn without_a_launcher_or_with_a_bad_one_it_says_what_to_do() {
             tokio::time::sleep(Duration::from_secs(1)).await;
         }
     };
-    let (gone, ()) = tokio::join!(launcher.launch(Wanted::Tcg), bad(b""));
+    let (gone, ()) = tokio::join!(launcher.launch(Some(Accelerator::Tcg)), bad(b""));
     assert!(matches!(gone, Err(Error::LauncherGone | Error::Launcher(_))), "{gone:?}");
-    let (failed, ()) =
-        tokio::join!(launcher.launch(Wanted::Tcg), bad(br#"{"failed":{"cause":"QEMU 5.0 is too\u001b old"}}"#));
+    let (failed, ()) = tokio::join!(
+        launcher.launch(Some(Accelerator::Tcg)),
+        bad(br#"{"failed":{"cause":"QEMU 5.0 is too\u001b old"}}"#)
+    );
     assert_eq!(failed.unwrap_err().to_string(), "QEMU can't be started: QEMU 5.0 is too  old");
-    let (garbage, ()) = tokio::join!(launcher.launch(Wanted::Tcg), bad(b"{}"));
+    let (garbage, ()) = tokio::join!(launcher.launch(Some(Accelerator::Tcg)), bad(b"{}"));
     assert!(matches!(garbage, Err(Error::Launcher(_))), "{garbage:?}");
-    let (long, ()) = tokio::join!(launcher.launch(Wanted::Tcg), bad(&[b' '; MAX_MESSAGE + 1]));
+    let (long, ()) = tokio::join!(launcher.launch(Some(Accelerator::Tcg)), bad(&[b' '; MAX_MESSAGE + 1]));
     assert!(matches!(long, Err(Error::Launcher(_))), "{long:?}");
-    let silent = launcher.launch(Wanted::Tcg).await;
+    let silent = launcher.launch(Some(Accelerator::Tcg)).await;
     assert!(matches!(silent, Err(Error::LauncherSilent { .. })), "{silent:?}");
     // What nobody took from it has the state disk, too.
     drop(launcher.accept().await);
     fs::remove_file(&launcher.socket).unwrap();
-    let none = launcher.launch(Wanted::Tcg).await.unwrap_err().to_string();
+    let none = launcher.launch(Some(Accelerator::Tcg)).await.unwrap_err().to_string();
     assert!(none.contains("proxyvpn-qemu.socket"), "{none}");
 }
 
 #[tokio::test(start_paused = true)]
 async fn a_guest_that_is_silent_under_kvm_is_emulated_and_that_is_remembered() {
     let launcher = Launcher::new("vm-kvm");
-    let (started, qemu) = tokio::join!(launcher.launch(Wanted::Auto), async {
+    let (started, qemu) = tokio::join!(launcher.launch(None), async {
         let mut first = launcher.qemu().await;
         assert_eq!(accelerator(&first), Accelerator::Kvm);
         first.reply(&Reply::Started { version: "7.2.22".to_owned() });
@@ -238,12 +240,12 @@ async fn a_guest_that_is_silent_under_kvm_is_emulated_and_that_is_remembered() {
     assert!(reason.contains("did not report within 5 s"), "{reason}");
     drop(qemu);
 
-    let (started, qemu) = tokio::join!(launcher.launch(Wanted::Auto), launcher.good());
+    let (started, qemu) = tokio::join!(launcher.launch(None), launcher.good());
     assert_eq!(accelerator(&qemu), Accelerator::Tcg, "it is not tried again");
     assert!(started.unwrap().1.reason.contains("before"));
     drop(qemu);
 
-    let (kvm, ()) = tokio::join!(launcher.launch(Wanted::Kvm), async {
+    let (kvm, ()) = tokio::join!(launcher.launch(Some(Accelerator::Kvm)), async {
         let qemu = launcher.qemu().await;
         qemu.reply(&Reply::Started { version: "7.2.22".to_owned() });
         qemu.ended("an error of KVM");
@@ -251,7 +253,7 @@ async fn a_guest_that_is_silent_under_kvm_is_emulated_and_that_is_remembered() {
     assert!(kvm.unwrap_err().to_string().contains("an error of KVM"));
 
     // With another QEMU it is worth a try.
-    let (started, _qemu) = tokio::join!(launcher.launch(Wanted::Auto), async {
+    let (started, _qemu) = tokio::join!(launcher.launch(None), async {
         let qemu = launcher.qemu().await;
         qemu.reply(&Reply::Started { version: "8.0.0".to_owned() });
         qemu
@@ -263,7 +265,7 @@ async fn a_guest_that_is_silent_under_kvm_is_emulated_and_that_is_remembered() {
 #[tokio::test]
 async fn where_kvm_is_refused_it_is_emulated_and_that_is_not_remembered() {
     let launcher = Launcher::new("vm-refused");
-    let (started, qemu) = tokio::join!(launcher.launch(Wanted::Auto), async {
+    let (started, qemu) = tokio::join!(launcher.launch(None), async {
         launcher.qemu().await.reply(&Reply::Failed { cause: "there is no /dev/kvm".to_owned() });
         launcher.good().await
     });
@@ -275,7 +277,7 @@ async fn where_kvm_is_refused_it_is_emulated_and_that_is_not_remembered() {
 #[tokio::test]
 async fn a_start_that_is_dropped_ends_qemu() {
     let launcher = Launcher::new("vm-dropped");
-    let starting = async { drop(timeout(Duration::from_millis(300), launcher.launch(Wanted::Kvm)).await) };
+    let starting = async { drop(timeout(Duration::from_millis(300), launcher.launch(Some(Accelerator::Kvm))).await) };
     let ((), qemu) = tokio::join!(starting, launcher.qemu());
     assert_eq!(rustix::net::recv(&qemu.launcher, &mut [0; 1], RecvFlags::empty()).unwrap().1, 0);
 }

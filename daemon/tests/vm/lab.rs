@@ -8,9 +8,10 @@ use std::process::{Child, Command};
 use std::time::{Duration, Instant};
 
 use proxyvpn_torvm::config::{GuestConfig, List, TorSettings};
+use proxyvpn_torvm::launch::Accelerator;
 use proxyvpn_torvm::link::{HOST, HOST_MAC, PREFIX};
 use proxyvpnd::tor::Password;
-use proxyvpnd::vm::accel::{Acceleration, Wanted};
+use proxyvpnd::vm::accel::Acceleration;
 use proxyvpnd::vm::{Error, Image, Kept, Spec, Vm};
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
 
@@ -57,7 +58,11 @@ impl Lab {
         Self { directory, image, tap, launcher, _link: link, guest }
     }
 
-    pub(crate) async fn launch(&self, accelerator: Wanted, password: &Password) -> Result<(Vm, Acceleration), Error> {
+    pub(crate) async fn launch(
+        &self,
+        accelerator: Option<Accelerator>,
+        password: &Password,
+    ) -> Result<(Vm, Acceleration), Error> {
         let image = Image::open(&self.image).await?;
         let config = GuestConfig {
             control_password: password.hashed().unwrap(),

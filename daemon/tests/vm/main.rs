@@ -12,9 +12,9 @@ use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
 use proxyvpn_torvm::channel::{Disk, Status};
+use proxyvpn_torvm::launch::Accelerator;
 use proxyvpn_torvm::link::{CONTROL_PORT, GUEST};
 use proxyvpnd::tor::{Control, Password};
-use proxyvpnd::vm::accel::Wanted;
 use proxyvpnd::vm::{Event, PoweredDown, Vm};
 use tokio::time::timeout;
 
@@ -54,7 +54,7 @@ fn ended(event: &Event) -> bool {
 async fn a_virtual_machine_from_its_start_to_its_end() {
     let lab = Lab::new();
     let password = Password::generate().unwrap();
-    let (mut vm, first) = lab.launch(Wanted::Auto, &password).await.unwrap();
+    let (mut vm, first) = lab.launch(None, &password).await.unwrap();
     // Whether KVM works is the machine's affair.
     println!("{first:?}");
     assert!(first.reason.contains("KVM") && !first.qemu.is_empty(), "{first:?}");
@@ -90,7 +90,7 @@ async fn a_virtual_machine_from_its_start_to_its_end() {
 
     // The same disk, an answer about KVM that is known, and an end by violence.
     let start = Instant::now();
-    let (mut vm, used) = lab.launch(Wanted::Auto, &password).await.unwrap();
+    let (mut vm, used) = lab.launch(None, &password).await.unwrap();
     assert!(start.elapsed() < Duration::from_secs(4), "{:?}", start.elapsed());
     assert_eq!(used.accelerator, first.accelerator);
     let events = until(&mut vm, alive).await;
@@ -108,7 +108,7 @@ async fn a_virtual_machine_from_its_start_to_its_end() {
 #[ignore = "needs root, QEMU and an image, and makes network namespaces"]
 async fn one_that_does_not_power_off_is_ended() {
     let lab = Lab::new();
-    let (mut vm, _) = lab.launch(Wanted::Tcg, &Password::generate().unwrap()).await.unwrap();
+    let (mut vm, _) = lab.launch(Some(Accelerator::Tcg), &Password::generate().unwrap()).await.unwrap();
     until(&mut vm, alive).await;
     // As with copies in the service manager's store: closing ours alone would end nothing.
     let _kept = lab::copies(&vm);
@@ -122,7 +122,7 @@ async fn one_that_does_not_power_off_is_ended() {
 #[ignore = "needs root, QEMU and an image, and makes network namespaces"]
 async fn one_that_nobody_holds_ends() {
     let lab = Lab::new();
-    let (vm, _) = lab.launch(Wanted::Tcg, &Password::generate().unwrap()).await.unwrap();
+    let (vm, _) = lab.launch(Some(Accelerator::Tcg), &Password::generate().unwrap()).await.unwrap();
     assert!(lab::qemu().is_some());
     drop(vm);
     lab::gone().await;

@@ -19,14 +19,13 @@ use tokio::time::{sleep_until, timeout};
 use super::{Carrier, EVENTS, internal};
 use crate::backend::guest::{Guest, News};
 use crate::backend::{network, resolved, told};
-use crate::config::profile::{Accel, Scheme, TorVmSpec};
+use crate::config::profile::{Scheme, TorVmSpec};
 use crate::fdstore::Inherited;
 use crate::machine::{Failure, Request};
 use crate::net::Stage;
 use crate::record;
 use crate::resolvers::{Origin, Resolvers};
 use crate::tor::{Password, hint};
-use crate::vm::accel::Wanted;
 use crate::vm::{self, Image, PoweredDown, Vm};
 
 /// Tor is waited for as long as it gets on. When nothing changes for so long, all is made anew.
@@ -147,12 +146,8 @@ impl Carrier {
         let (ours, theirs) =
             socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None).map_err(|error| failed(&error))?;
         let tap = self.tap.first().ok_or_else(|| internal("the phases are out of order"))?;
-        let accelerator = match spec.accel {
-            Accel::Auto => Wanted::Auto,
-            Accel::Kvm => Wanted::Kvm,
-            Accel::Tcg => Wanted::Tcg,
-        };
-        let wanted = vm::Spec { accelerator, memory_mib: spec.memory_mib, config, state: &self.paths.state };
+        let state = &self.paths.state;
+        let wanted = vm::Spec { accelerator: spec.accel, memory_mib: spec.memory_mib, config, state };
         let vm = Vm::launch(&self.paths.launcher, image, wanted, tap.as_fd(), theirs).await;
         let (vm, used) = vm.map_err(|error| failed(&error))?;
         let running = Running { password, accelerator: used.accelerator, why: used.reason };
