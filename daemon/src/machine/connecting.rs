@@ -50,7 +50,7 @@ impl Connecting {
         let mut touched = false;
         let mut percent = 0;
         let phases = Phase::of(&self.request.profile);
-        for &phase in phases {
+        for &phase in &phases {
             context.progress(phase.as_str(), percent, phase.summary());
             tracing::debug!(phase = phase.as_str(), "begins");
             touched |= phase.touches_network();
@@ -59,7 +59,7 @@ impl Connecting {
                 Outcome::Done(Err(failure)) => return self.failed(failure, touched || context.locked()),
                 Outcome::Unwanted => return Stage::Disconnecting(Disconnecting::requested()),
             }
-            percent += step(phases);
+            percent += step(&phases);
         }
         context.remember(&self.request.profile);
         Stage::Connected(Connected::new(self.request))

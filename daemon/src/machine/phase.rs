@@ -38,11 +38,12 @@ pub enum Phase {
 impl Phase {
     /// The phases of a profile's attempt. The upstream is asked where there is one.
     #[must_use]
-    pub const fn of(profile: &Profile) -> &'static [Self] {
+    pub fn of(profile: &Profile) -> Vec<Self> {
+        let asks = |phase: &Self| matches!(phase, Self::ResolveUpstream | Self::ProbeUpstream);
         match (profile.backend, profile.upstream.scheme) {
-            (Backend::Proxy, _) => &Self::PROXY,
-            (Backend::TorVm, Scheme::Direct) => &Self::TORVM,
-            (Backend::TorVm, _) => &Self::TORVM_UPSTREAM,
+            (Backend::Proxy, _) => Self::PROXY.to_vec(),
+            (Backend::TorVm, Scheme::Direct) => Self::TORVM.into_iter().filter(|phase| !asks(phase)).collect(),
+            (Backend::TorVm, _) => Self::TORVM.to_vec(),
         }
     }
 
@@ -60,22 +61,10 @@ impl Phase {
     ];
 
     /// The torvm backend's phases, where Tor has an upstream.
-    const TORVM_UPSTREAM: [Self; 10] = [
+    pub const TORVM: [Self; 10] = [
         Self::CheckPrivileges,
         Self::ResolveUpstream,
         Self::ProbeUpstream,
-        Self::SaveNetwork,
-        Self::CreateTap,
-        Self::LaunchVm,
-        Self::WaitTap,
-        Self::ConfigureTap,
-        Self::FlushDns,
-        Self::WaitBootstrap,
-    ];
-
-    /// The torvm backend's phases.
-    pub const TORVM: [Self; 8] = [
-        Self::CheckPrivileges,
         Self::SaveNetwork,
         Self::CreateTap,
         Self::LaunchVm,
@@ -183,5 +172,25 @@ impl Ending {
             Self::RestoreNetwork => "Giving the network back",
             Self::CleanUp => "Clearing up",
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::tests::profile;
+    use super::*;
+
+    #[test]
+    fn tor_without_an_upstream_has_no_phases_for_it() {
+        let mut profile = profile();
+        assert_eq!(Phase::of(&profile), Phase::PROXY);
+        profile.backend = Backend::TorVm;
+        assert_eq!(Phase::of(&profile), Phase::TORVM);
+        profile.upstream.scheme = Scheme::Direct;
+        let names = Phase::of(&profile).into_iter().map(Phase::as_str).collect::<Vec<_>>().join(" ");
+        assert_eq!(
+            names,
+            "check-privileges save-network create-tap launch-vm wait-tap configure-tap flush-dns wait-bootstrap"
+        );
     }
 }
