@@ -106,12 +106,18 @@ impl Channel {
         let Some(mut port) = self.port.as_ref() else { return };
         let mut buffer = [0; MAX_LINE];
         if let Ok(count) = port.read(&mut buffer) {
-            self.orders.take(&buffer[..count], |line| match serde_json::from_slice(line) {
-                Ok(order) => each(order),
-                Err(error) => eprintln!("torvm-init: an order was not understood: {error}"),
+            self.orders.take(&buffer[..count], |line| match understand(line) {
+                Some(Ok(order)) => each(order),
+                Some(Err(error)) => eprintln!("torvm-init: an order was not understood: {error}"),
+                None => {}
             });
         }
     }
+}
+
+/// The order in a line. An empty one has none: a daemon that goes on with the machine begins with it, to end what may be half a line.
+fn understand(line: &[u8]) -> Option<Result<Order, serde_json::Error>> {
+    (!line.is_empty()).then(|| serde_json::from_slice(line))
 }
 
 /// The port's device.
@@ -189,6 +195,18 @@ mod tests {
             out.sent(count);
         }
         String::from_utf8_lossy(&stream).lines().filter_map(|line| serde_json::from_str(line).ok()).collect()
+    }
+
+    #[test]
+    fn an_empty_line_is_no_order() {
+        assert!(understand(b"").is_none());
+        assert!(matches!(
+            understand(br#"{"order":"clock","unix_micros":7}"#),
+            Some(Ok(Order::Clock { unix_micros: 7 }))
+        ));
+        for line in ["{}", " ", "{\"order\":\"clo"] {
+            assert!(matches!(understand(line.as_bytes()), Some(Err(_))), "{line}");
+        }
     }
 
     #[test]
