@@ -404,17 +404,22 @@ impl End {
 
     fn words(&self) -> String {
         match self {
-            Self { panicked: true, .. } => "the guest's kernel has panicked".to_owned(),
+            Self { panicked: true, .. } => self.because("the guest's kernel has panicked"),
             Self { off: Some(cause), .. } => format!("the guest powered off: {cause}"),
             Self { shutdown: Some(reason), .. } if reason == "guest-panic" => {
-                "the guest's kernel has panicked".to_owned()
+                self.because("the guest's kernel has panicked")
             }
             Self { shutdown: Some(reason), .. } if reason == "guest-reset" => {
-                "the guest started anew, as after a panic of its kernel".to_owned()
+                self.because("the guest started anew, as after a panic of its kernel")
             }
             Self { cause: Some(cause), .. } => cause.clone(),
             _ => "QEMU has closed its connections".to_owned(),
         }
+    }
+
+    /// With the launcher's words, in which the kernel's are.
+    fn because(&self, what: &str) -> String {
+        self.cause.as_ref().map_or(what.to_owned(), |cause| format!("{what}; {cause}"))
     }
 }
 

@@ -350,9 +350,10 @@ async fn its_end_is_told_once_with_its_cause() {
     assert_eq!(play(off).await, ended("the guest powered off: tor has ended"));
     let panic = async |mut qemu: Qemu| {
         qemu.tell(r#"{"event":"SHUTDOWN","data":{"guest":true,"reason":"guest-reset"}}"#).await;
-        qemu.ended("status 0");
+        qemu.ended("status 0; Kernel panic");
     };
-    assert_eq!(play(panic).await, ended("the guest started anew, as after a panic of its kernel"));
+    let cause = "the guest started anew, as after a panic of its kernel; status 0; Kernel panic";
+    assert_eq!(play(panic).await, ended(cause));
     let stopped = async |mut qemu: Qemu| qemu.tell(r#"{"event":"STOP"}"#).await;
     assert_eq!(play(stopped).await, Event::Hung("QEMU has stopped the guest".into()));
 }

@@ -11,6 +11,8 @@ const LAST: usize = 5;
 const BURST: u32 = 100;
 /// A further line each.
 const INTERVAL: Duration = Duration::from_millis(200);
+/// How a guest begins to say why it ends: its kernel, its init.
+const ENDS: [&str; 2] = ["Kernel panic - not syncing: ", "torvm-init: powers off: "];
 
 /// One stream, as lines.
 #[derive(Debug)]
@@ -18,6 +20,8 @@ pub(crate) struct Console {
     line: String,
     escape: Escape,
     last: VecDeque<String>,
+    /// Why the guest ends, in its own words.
+    end: Option<String>,
     allowed: u32,
     since: Instant,
     dropped: u64,
@@ -40,6 +44,7 @@ impl Console {
             line: String::new(),
             escape: Escape::None,
             last: VecDeque::new(),
+            end: None,
             allowed: BURST,
             since: now,
             dropped: 0,
@@ -74,6 +79,12 @@ impl Console {
         self.last.into()
     }
 
+    /// Why the guest ends, if it said so.
+    pub(crate) fn end(mut self, now: Instant) -> Option<String> {
+        self.end_line(now);
+        self.end
+    }
+
     fn push(&mut self, char: char) {
         if self.line.len() < MAX_LINE {
             self.line.push(char);
@@ -90,6 +101,8 @@ impl Console {
             self.last.pop_front();
         }
         self.last.push_back(line.to_owned());
+        // A panic names itself once more in its last line.
+        self.end = self.end.take().or_else(|| end_of(line));
         self.refill(now);
         if self.allowed == 0 {
             self.dropped += 1;
@@ -107,6 +120,10 @@ impl Console {
             self.since = now;
         }
     }
+}
+
+fn end_of(line: &str) -> Option<String> {
+    ENDS.iter().find_map(|begin| line.find(begin)).map(|at| line[at..].to_owned())
 }
 
 #[cfg(test)]
@@ -141,6 +158,22 @@ mod tests {
         assert_eq!(console.feed(b"\n", now)[0].len(), MAX_LINE);
         console.feed(b"no end", now);
         assert_eq!(console.last_words(now).last().map(String::as_str), Some("no end"));
+    }
+
+    #[test]
+    fn of_what_a_guest_says_only_the_cause_of_its_end_counts() {
+        let end = |text: &str| {
+            let now = Instant::now();
+            let mut console = Console::new(now);
+            console.feed(text.as_bytes(), now);
+            console.end(now)
+        };
+        assert_eq!(end("\x1bc\x1b[?7l\x1b[2JSeaBIOS (version 1)\r\nBooting from ROM..\n"), None);
+        let panic = "[    0.9] Kernel panic - not syncing: No init\x1b[0m\x1b]0;title\x07\n[    0.9] ---[ end Kernel panic - not syncing: No init ]---\n";
+        assert_eq!(end(panic).as_deref(), Some("Kernel panic - not syncing: No init"));
+        assert_eq!(end("torvm-init: powers off: no disk").as_deref(), Some("torvm-init: powers off: no disk"));
+        let long = end(&format!("Kernel panic - not syncing: {}\n", "x".repeat(5000)));
+        assert_eq!(long.map(|line| line.len()), Some(MAX_LINE));
     }
 
     #[test]

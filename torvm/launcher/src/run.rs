@@ -202,7 +202,8 @@ fn ended(status: ExitStatus, errors: Stream<ChildStderr>, serial: Stream<ChildSt
     };
     let now = Instant::now();
     let mut text = how;
-    for line in errors.console.last_words(now).into_iter().chain(serial.console.last_words(now)) {
+    // Of the guest's console only why it ends: the rest is its firmware's and its boot's.
+    for line in errors.console.last_words(now).into_iter().chain(serial.console.end(now)) {
         text.push_str("; ");
         text.push_str(&line);
     }
