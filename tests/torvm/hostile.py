@@ -12,6 +12,7 @@ from lab import APP4, FAILURE, PYTHON, WEB, equal, expect, test, until
 from torlab import HOST, NEIGHBOUR, OWN, PROFILE, PUBLIC_NEIGHBOUR
 
 ENGINE = "10.10.11.1"  # the guest's gateway
+RESOLV_CONF = "/etc/resolv.conf"
 
 
 def one_byte(folder):
@@ -48,6 +49,27 @@ def replaced(lab):
         one_byte(image)
         lab.await_state("connected")
         lab.disconnect()
+
+
+@test("a resolver on this machine is warned of while names go to it, not while all is blocked", seconds=180, daemon=None)
+def local_resolver(lab):
+    def warned():
+        return [item["text"] for item in lab.status()["health"] if item["code"] == "resolvers"]
+
+    before = lab.app("cat", RESOLV_CONF).stdout
+    lab.app("tee", RESOLV_CONF, data="nameserver 127.0.0.1\n")
+    with altered(lab) as image:
+        lab.daemon(image=image)
+        lab.connect_tor()
+        until(5, lambda: any("127.0.0.1" in text for text in warned()), lambda: f"no warning of the resolver: {lab.status()}")
+        one_byte(image)
+        os.kill(lab.qemu(), signal.SIGKILL)
+        until(20, lambda: lab.status()["reason"]["code"] == "image-invalid", lambda: f"an altered image is not refused: {lab.status()}")
+        lab.app("ip", "addr", "add", "192.168.77.9/24", "dev", "eth0")  # the daemon looks at the network
+        lab.app("ip", "addr", "del", "192.168.77.9/24", "dev", "eth0")
+        until(10, lambda: not warned(), lambda: f"warned of the resolver of the connection before: {warned()}")
+        lab.disconnect()
+    lab.app("tee", RESOLV_CONF, data=before)
 
 
 # Tor's place in the guest; what it prints is Tor's log. Its user has the firewall's leave, and here there is no firewall.
