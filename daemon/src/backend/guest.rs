@@ -25,6 +25,8 @@ const AGAIN: Duration = Duration::from_millis(300);
 const UNREACHABLE: Duration = Duration::from_secs(60);
 /// Without any change for so long, a hint is given.
 const SLOW: Duration = Duration::from_secs(20);
+/// So many certificates of another time, and no progress, are the clock's fault: one authority may be wrong.
+const UNTIMELY: u32 = 3;
 
 /// See the module.
 pub(super) struct Guest {
@@ -45,6 +47,8 @@ pub(super) struct Guest {
     changed: Instant,
     /// Seconds by which Tor finds the clock wrong.
     skew: Option<i64>,
+    /// Certificates of another time since Tor last got further, and the hint for them.
+    untimely: (u32, &'static str),
     way: hint::Way,
     shown: watch::Sender<Bootstrap>,
 }
@@ -76,6 +80,7 @@ impl Guest {
             progress: tor::Bootstrap::default(),
             changed: Instant::now(),
             skew: None,
+            untimely: (0, ""),
             way,
             shown,
         }
@@ -217,7 +222,10 @@ impl Guest {
                     "warn" => tracing::warn!(target: "torvm", "{text}"),
                     _ => tracing::info!(target: "torvm", "{text}"),
                 }
-                None
+                let hint = hint::of_certificate(&text)?;
+                self.untimely = (self.untimely.0.saturating_add(1), hint);
+                self.show();
+                Some(News::Progress)
             }
             vm::Event::Status(Status::State { disk: Disk::Reset }) => {
                 tracing::warn!(target: "torvm", "the state disk was broken and is made anew: Tor chooses other guards");
@@ -240,6 +248,9 @@ impl Guest {
         if progress != self.progress {
             self.changed = Instant::now();
         }
+        if progress.percent > self.progress.percent {
+            self.untimely.0 = 0;
+        }
         self.progress = progress;
         self.show();
     }
@@ -249,6 +260,8 @@ impl Guest {
         let progress = &self.progress;
         let hint = if self.is_ready() {
             String::new()
+        } else if self.untimely.0 >= UNTIMELY {
+            self.untimely.1.to_owned()
         } else if slow || self.skew.is_some() || progress.recommendation == "warn" {
             hint::hint(progress, self.skew, self.way)
         } else {

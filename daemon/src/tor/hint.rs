@@ -68,6 +68,25 @@ pub fn hint(bootstrap: &Bootstrap, skew: Option<i64>, way: Way) -> String {
     sentence.to_owned()
 }
 
+/// The same for a line of Tor's log by which the time is not within a certificate's: then Tor refuses a relay before it could notice
+/// its clock. It warns so of directory authorities alone (`channel_tls_process_certs_cell`).
+#[must_use]
+pub fn of_certificate(line: &str) -> Option<&'static str> {
+    if line.contains("certificate expired") || line.contains("Certificate already expired") {
+        Some(
+            "By the clock of this machine the certificates of Tor's relays have expired, so it seems to be ahead: set it, as with \
+             `timedatectl set-ntp true`.",
+        )
+    } else if line.contains("Certificate not yet valid") {
+        Some(
+            "By the clock of this machine the certificates of Tor's relays are not valid yet, so it seems to be behind: set it, as with \
+             `timedatectl set-ntp true`.",
+        )
+    } else {
+        None
+    }
+}
+
 fn span(seconds: u64) -> String {
     match seconds {
         ..5400 => format!("{} minutes", seconds / 60),
@@ -79,6 +98,21 @@ fn span(seconds: u64) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn certificates_of_another_time_tell_of_the_clock() {
+        let cases = [
+            ("Received a bad CERTS cell: At least one certificate expired.", Some("ahead")),
+            ("Certificate already expired. Either their clock is set wrong, or your clock is wrong.", Some("ahead")),
+            ("Certificate not yet valid. Either their clock is set wrong, or your clock is wrong.", Some("behind")),
+            ("Received a bad CERTS cell: The legacy RSA ID certificate was not valid", None),
+            ("Bootstrapped 14% (handshake): Handshaking with a relay", None),
+        ];
+        for (line, side) in cases {
+            let told = of_certificate(line);
+            assert_eq!(told.map(|told| told.contains(side.unwrap_or("?"))), side.map(|_| true), "{line}: {told:?}");
+        }
+    }
 
     #[test]
     fn each_trouble_has_its_sentence() {
