@@ -16,6 +16,7 @@ use super::lockdown::LockdownFiles;
 use super::tests::profile;
 use super::world::{Facts, Fault, Inspector, World};
 use super::{Command, Ending, Failure, Handle, Machine, Phase, Request};
+use crate::config::profile::{Backend, Profile};
 use crate::net::Stage;
 use crate::net::Step;
 use crate::net::desired::Desired;
@@ -90,6 +91,7 @@ struct Shared {
     upstream: Cell<bool>,
     /// Holds the device.
     engine: Cell<bool>,
+    backend: Backend,
     defect: Defect,
 }
 
@@ -155,7 +157,7 @@ fn failure() -> Failure {
     Failure::new(ReasonCode::NetworkFailed, "no way")
 }
 
-/// As the proxy backend, on the model.
+/// As both backends, on the model.
 struct Double {
     shared: Rc<Shared>,
     desired: Option<Desired>,
@@ -173,7 +175,7 @@ impl World for Double {
                 shared.gate(phase.as_str().to_owned()).await?;
                 if shared.upstream.get() { Ok(()) } else { Err(failure()) }
             }
-            Phase::CreateTun => {
+            Phase::CreateTun | Phase::CreateTap => {
                 shared.engine.set(true);
                 let made = shared.apply(Stage::Tunnel, &Model::desired()).await;
                 if made.is_err() {
@@ -183,12 +185,14 @@ impl World for Double {
             }
             Phase::ApplyFirewall => shared.apply(Stage::Firewall, &Model::desired()).await,
             Phase::ApplyRoutes => shared.apply(Stage::Routes, &Model::desired()).await,
-            Phase::SaveNetwork => shared.gate(phase.as_str().to_owned()).await,
-            Phase::ResolveUpstream | Phase::ConfigureDns | Phase::FlushDns => Ok(()),
-            // Of the other backend.
-            Phase::CreateTap | Phase::LaunchVm | Phase::WaitTap | Phase::ConfigureTap | Phase::WaitBootstrap => {
-                unreachable!("{phase:?}")
+            Phase::ConfigureTap => {
+                shared.apply(Stage::Firewall, &Model::desired()).await?;
+                shared.apply(Stage::Routes, &Model::desired()).await
             }
+            Phase::SaveNetwork | Phase::LaunchVm | Phase::WaitTap | Phase::WaitBootstrap => {
+                shared.gate(phase.as_str().to_owned()).await
+            }
+            Phase::ResolveUpstream | Phase::ConfigureDns | Phase::FlushDns => Ok(()),
         }
     }
 
@@ -313,7 +317,7 @@ struct Trial {
 }
 
 impl Trial {
-    async fn new(defect: Defect) -> Self {
+    async fn new(backend: Backend, defect: Defect) -> Self {
         let shared = Rc::new(Shared {
             kernel: RefCell::new(Model::new()),
             gate: RefCell::default(),
@@ -323,6 +327,7 @@ impl Trial {
             fault: Notify::new(),
             upstream: Cell::new(true),
             engine: Cell::default(),
+            backend,
             defect,
         });
         let directory = TestDir::in_memory("model");
@@ -471,7 +476,10 @@ impl Trial {
         }
         let (reply, answer) = oneshot::channel();
         let command = match event {
-            Event::Connect => Command::Connect(Box::new(Request { profile: profile(), password: None }), reply),
+            Event::Connect => {
+                let profile = Profile { backend: self.shared.backend, ..profile() };
+                Command::Connect(Box::new(Request { profile, password: None }), reply)
+            }
             Event::Disconnect => Command::Disconnect(reply),
             _ => Command::Reconnect(reply),
         };
@@ -611,10 +619,10 @@ fn bound() -> usize {
 }
 
 /// Every event in every state, until nothing new comes.
-async fn explore(defect: Defect, bound: usize) -> Found {
+async fn explore(backend: Backend, defect: Defect, bound: usize) -> Found {
     let reached = |way| Reached { way, untried: Event::ALL.into() };
     let mut states = vec![reached(Vec::new())];
-    let mut numbers = HashMap::from([(Trial::new(defect).await.key(), 0)]);
+    let mut numbers = HashMap::from([(Trial::new(backend, defect).await.key(), 0)]);
     let (mut events, mut first, mut connected) = (0, 0, false);
     while first < bound
         && let Some(state) = states.get(first)
@@ -625,7 +633,7 @@ async fn explore(defect: Defect, bound: usize) -> Found {
         }
         // There again, and on from it as long as something is untried.
         let (mut at, mut way) = (first, state.way.clone());
-        let mut trial = Trial::new(defect).await;
+        let mut trial = Trial::new(backend, defect).await;
         for event in &way {
             trial.happen(*event).await;
             trial.wrong();
@@ -661,19 +669,23 @@ fn run<F: Future>(test: F) -> F::Output {
 
 #[test]
 fn nothing_leaves_and_nothing_is_left_whatever_comes() {
-    let found = run(explore(Defect::None, bound()));
-    println!("{} states, {} events", found.states, found.events);
-    assert_eq!(found.wrong, None);
-    assert!(found.connected, "the model never gets connected");
-    assert!(found.states > 500, "only {} states: the model does not go far enough", found.states);
+    for backend in [Backend::Proxy, Backend::TorVm] {
+        let found = run(explore(backend, Defect::None, bound()));
+        println!("{backend:?}: {} states, {} events", found.states, found.events);
+        assert_eq!(found.wrong, None, "{backend:?}");
+        assert!(found.connected, "the model never gets connected by {backend:?}");
+        assert!(found.states > 500, "only {} states by {backend:?}: the model does not go far enough", found.states);
+    }
 }
 
 #[test]
 fn the_exploration_finds_each_defect() {
     for defect in [Defect::FirewallFirst, Defect::RecordLost, Defect::BlockOnlyRoutes, Defect::RoutesLeft] {
-        let found = run(explore(defect, usize::MAX));
-        let (way, wrong) = found.wrong.unwrap_or_else(|| panic!("{defect:?} is not found"));
-        println!("{defect:?}: {wrong} after {way:?}");
+        for backend in [Backend::Proxy, Backend::TorVm] {
+            let found = run(explore(backend, defect, usize::MAX));
+            let (way, wrong) = found.wrong.unwrap_or_else(|| panic!("{defect:?} of {backend:?} is not found"));
+            println!("{defect:?} of {backend:?}: {wrong} after {way:?}");
+        }
     }
 }
 
@@ -696,7 +708,7 @@ fn the_model_does_what_the_real_daemon_does() {
     let traces = include_str!("../../../tests/e2e/traces.txt").lines().filter(|line| !line.starts_with('#'));
     for trace in traces {
         run(async {
-            let mut trial = Trial::new(Defect::None).await;
+            let mut trial = Trial::new(Backend::Proxy, Defect::None).await;
             come_to_rest(&mut trial).await;
             for step in trace.split_whitespace() {
                 let (what, expected) = step.split_once('=').unwrap();
