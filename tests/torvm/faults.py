@@ -95,6 +95,21 @@ def daemon_killed(lab):
     expect(lab.qemu() == qemu, "the next daemon started another VM")
 
 
+@test("kill -9 of the daemon, and its record of the VM is lost: the next one ends that VM and starts another", seconds=150, daemon="connected")
+def record_lost(lab):
+    qemu = lab.qemu()
+    with stream(lab):
+        lab.daemon_stop("KILL")
+        lab.app("rm", "/run/proxyvpn/torvm.json")
+        offset = len(lab.daemon_log())
+        lab.daemon("--again")
+        lab.await_state("connected")
+        lab.fetch_by_exit()
+    told = lab.daemon_log()[offset:]
+    expect("it is started anew" in told and "cannot connect" not in told, f"not at the first attempt: {told[-2000:]}")
+    expect(lab.qemu() not in (None, qemu), "the next daemon went on with a VM that it does not know")
+
+
 @test("the daemon is told to restart: the VM runs on", seconds=120, daemon="connected")
 def restarted(lab):
     qemu = lab.qemu()
