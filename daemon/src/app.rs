@@ -265,7 +265,8 @@ async fn serve(args: &Args) -> Result<(), Fatal> {
     let _pid_file = PidFile::create(&args.runtime_dir)?;
 
     let store = Arc::new(ProfileStore::open(&args.profiles, &args.imported));
-    let (machine, handle) = Machine::new(ignored.into_iter().collect());
+    let intent = IntentFile::new(&args.runtime_dir);
+    let (machine, handle) = Machine::new(ignored.into_iter().collect(), intent, autoconnect(&store));
     let service = Service::start(zbus::connection::Builder::system(), handle, Arc::clone(&store), log)
         .await
         .map_err(|error| Fatal(chain(&error)))?;
@@ -285,12 +286,12 @@ async fn serve(args: &Args) -> Result<(), Fatal> {
     systemd::notify(&[NotifyState::Ready]);
     tokio::spawn(systemd::watchdog());
     tracing::info!(version = env!("CARGO_PKG_VERSION"), "ready");
-    let (intent, lockdown) = (IntentFile::new(&args.runtime_dir), LockdownFiles::new(&args.state_dir));
+    let lockdown = LockdownFiles::new(&args.state_dir);
     tokio::select! {
         biased;
         // Before the machine, which would give the network back.
         _ = left.wait_for(|stop| *stop), if args.keep_block => {}
-        () = machine.run(world, intent, lockdown, autoconnect(&store), shutdown) => {}
+        () = machine.run(world, lockdown, shutdown) => {}
         () = follow_files(args, &service) => {}
         // Nothing is taken down: what is in force blocks until the next daemon goes on.
         () = service.connection().closed() => {

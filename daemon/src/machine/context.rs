@@ -414,7 +414,8 @@ fn not_locked(on: bool, failure: &Failure) -> HealthItem {
     item("lockdown-lock", "error", text)
 }
 
-fn now() -> u64 {
+/// Microseconds since 1970-01-01 UTC.
+pub(super) fn now() -> u64 {
     let elapsed = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     u64::try_from(elapsed.as_micros()).unwrap_or(u64::MAX)
 }

@@ -28,7 +28,7 @@ mod tests;
 pub mod world;
 
 use proxyvpn_dbus::ReasonCode;
-use proxyvpn_dbus::types::{HealthItem, Reason};
+use proxyvpn_dbus::types::{HealthItem, Reason, State};
 use tokio::sync::{mpsc, watch};
 
 use blocked::Blocked;
@@ -62,33 +62,36 @@ pub struct Machine {
     commands: mpsc::Receiver<Command>,
     view: watch::Sender<View>,
     standing: Vec<HealthItem>,
+    intent: IntentFile,
+    /// What that says.
+    wanted: Intent,
+    autoconnect: Option<Request>,
 }
 
 impl Machine {
-    /// A machine and the service's end of it. `standing` is what is not as it should be for as long as it runs.
+    /// A machine and the service's end of it. `standing` is what is not as it should be for as long as it runs. It will go on with
+    /// what `intent` says was wanted when the last daemon ended, else connect `autoconnect`, else clean up what may be left.
     #[must_use]
-    pub fn new(standing: Vec<HealthItem>) -> (Self, Handle) {
+    pub fn new(standing: Vec<HealthItem>, intent: IntentFile, autoconnect: Option<Request>) -> (Self, Handle) {
+        let wanted = intent.read();
+        // Whoever asks before it runs is not told that nothing is wanted.
+        let state = match (&wanted, &autoconnect) {
+            (Intent::Nothing, None) => State::Disconnected,
+            (Intent::Profile(_) | Intent::Unreadable(_), _) | (Intent::Nothing, Some(_)) => State::Connecting,
+        };
         let (sender, commands) = mpsc::channel(WAITING);
-        let (view, receiver) = watch::channel(View { health: standing.clone(), ..View::default() });
-        (Self { commands, view, standing }, Handle { commands: sender, view: receiver })
+        let first = View { state, since: context::now(), health: standing.clone(), ..View::default() };
+        let (view, receiver) = watch::channel(first);
+        (Self { commands, view, standing, intent, wanted, autoconnect }, Handle { commands: sender, view: receiver })
     }
 
-    /// Runs until `shutdown` turns true and everything is taken away. Goes on with what `intent` says was wanted when the
-    /// last daemon ended, else connects `autoconnect`, else cleans up what may be left. Under lockdown nothing of that opens.
-    pub async fn run<W: World>(
-        self,
-        world: W,
-        intent: IntentFile,
-        lockdown: LockdownFiles,
-        autoconnect: Option<Request>,
-        shutdown: watch::Receiver<bool>,
-    ) {
-        let wanted = intent.read();
+    /// Runs until `shutdown` turns true and everything is taken away. Under lockdown nothing that it does opens.
+    pub async fn run<W: World>(self, world: W, lockdown: LockdownFiles, shutdown: watch::Receiver<bool>) {
         let inspector = world.inspector();
         let view = (self.view, self.standing);
-        let mut context = Context::new(world, inspector, self.commands, shutdown, view, (intent, lockdown));
+        let mut context = Context::new(world, inspector, self.commands, shutdown, view, (self.intent, lockdown));
         context.recall_lockdown().await;
-        let mut stage = match (wanted, autoconnect) {
+        let mut stage = match (self.wanted, self.autoconnect) {
             (Intent::Profile(profile), _) => {
                 tracing::info!(profile = profile.name, "going on with the connection that was wanted before");
                 Stage::Connecting(Connecting::again(Request { profile: *profile, password: None }, 0))

@@ -586,11 +586,11 @@ impl Trial {
 }
 
 fn start(shared: &Rc<Shared>, directory: &TestDir) -> (Handle, watch::Sender<bool>, tokio::task::JoinHandle<()>) {
-    let (machine, handle) = Machine::new(Vec::new());
+    let (machine, handle) = Machine::new(Vec::new(), IntentFile::new(&directory.path("")), None);
     let (shutdown, receiver) = watch::channel(false);
     let world = Double { shared: Rc::clone(shared), desired: None };
-    let (intent, lockdown) = (IntentFile::new(&directory.path("")), LockdownFiles::new(&directory.path("")));
-    let machine = tokio::task::spawn_local(machine.run(world, intent, lockdown, None, receiver));
+    let lockdown = LockdownFiles::new(&directory.path(""));
+    let machine = tokio::task::spawn_local(machine.run(world, lockdown, receiver));
     (handle, shutdown, machine)
 }
 

@@ -226,11 +226,10 @@ impl Rig {
     fn go(script: Script, directory: PathBuf, autoconnect: Option<Request>) -> Self {
         let intent = IntentFile::new(&directory);
         let script = Arc::new(script);
-        let (machine, handle) = Machine::new(vec![standing()]);
+        let (machine, handle) = Machine::new(vec![standing()], intent, autoconnect);
         let (shutdown, receiver) = watch::channel(false);
         let world = Double(Arc::clone(&script));
-        let machine =
-            tokio::task::spawn_local(machine.run(world, intent, LockdownFiles::new(&directory), autoconnect, receiver));
+        let machine = tokio::task::spawn_local(machine.run(world, LockdownFiles::new(&directory), receiver));
         Self { handle, script, shutdown, directory, machine }
     }
 
@@ -547,6 +546,22 @@ fn an_unreadable_record_blocks_until_somebody_decides() {
         rig.disconnect().await.unwrap();
         rig.until(State::Disconnected).await;
         assert_eq!(rig.intent(), Intent::Nothing);
+    });
+}
+
+#[test]
+fn who_asks_before_it_runs_is_told_that_something_is_wanted() {
+    run(async {
+        let state = |wanted, autoconnect| {
+            let rig = Rig::start(Script::default(), wanted, autoconnect);
+            let view = rig.handle.view.borrow().clone();
+            assert!(view.since > 0);
+            view.state
+        };
+        assert_eq!(state(None, None), State::Disconnected);
+        assert_eq!(state(Some("profile"), None), State::Connecting);
+        assert_eq!(state(Some("{"), None), State::Connecting);
+        assert_eq!(state(None, Some(request())), State::Connecting);
     });
 }
 

@@ -16,6 +16,7 @@ use super::Service;
 use crate::authority::{METHODS, PROPERTIES};
 use crate::config::store::{Importer, ProfileStore};
 use crate::log::Log;
+use crate::machine::intent::IntentFile;
 use crate::machine::{Machine, Phase};
 use crate::test_dir::TestDir;
 
@@ -29,7 +30,7 @@ async fn pair(profiles: &std::path::Path) -> (Service, Connection) {
     let server = Builder::unix_stream(server).server(Guid::generate()).p2p().build();
     let client = Builder::unix_stream(client).p2p().build();
     let (server, client) = tokio::try_join!(server, client).unwrap();
-    let (_, handle) = Machine::new(Vec::new());
+    let (_, handle) = Machine::new(Vec::new(), IntentFile::new(profiles), None);
     let store = Arc::new(ProfileStore::open("/nonexistent", profiles));
     store.import("work", "[upstream]\nurl = \"http://proxy.example:8080\"\n", true, Importer::User).unwrap();
     (Service::register(server, handle, store, Log::new(10)).await.unwrap(), client)
