@@ -517,6 +517,61 @@ fn marked_sockets_do_not_reach_this_machine() {
     });
 }
 
+/// A datagram by an unconnected socket, as the engine sends a guest's; who answers.
+fn datagram(to: SocketAddr, mark: Option<u32>) -> Result<SocketAddr, ErrorKind> {
+    let sent = || {
+        let socket = Socket::new(Domain::IPV4, Type::DGRAM, None)?;
+        mark.map_or(Ok(()), |mark| socket.set_mark(mark))?;
+        let socket = UdpSocket::from(socket);
+        socket.set_read_timeout(Some(PATIENCE))?;
+        socket.send_to(b"?", to)?;
+        socket.recv_from(&mut [0; 10]).map(|(_, from)| from)
+    };
+    sent().map_err(|error: std::io::Error| error.kind())
+}
+
+#[test]
+#[ignore = "needs root and makes network namespaces"]
+fn marked_datagrams_leave_and_are_answered_with_every_reverse_path_filter_and_no_others() {
+    let world = World::new();
+    let servers: [SocketAddr; 2] = [(PEER, 3478).into(), ([203, 0, 113, 9], 50_000).into()];
+    world.peer.run(|| {
+        sh("ip addr add 203.0.113.9/32 dev lo");
+        for server in servers {
+            let socket = UdpSocket::bind(server).unwrap();
+            std::thread::spawn(move || {
+                let mut buffer = [0; 10];
+                while let Ok((length, from)) = socket.recv_from(&mut buffer) {
+                    let _ = socket.send_to(&buffer[..length], from);
+                }
+            });
+        }
+    });
+    world.host.run_async(async || {
+        for (filter, killswitch) in [0, 1, 2].into_iter().flat_map(|filter| [(filter, true), (filter, false)]) {
+            let name = format!("rp_filter={filter} killswitch={killswitch}");
+            sh(&format!("cd /proc/sys/net/ipv4/conf; for v in all default up0; do echo {filter} > $v/rp_filter; done"));
+            let mut network = open(&world.state).await;
+            let fds = connect(&mut network, &Desired { killswitch, ..routed() }).await;
+            let router = Router::new(&world, &fds[0]);
+            router.seen();
+            for server in servers {
+                assert_eq!(datagram(server, Some(MARK)), Ok(server), "{name}");
+                // Without the kill switch UDP that is not DNS goes its own way.
+                assert_eq!(datagram(server, None).is_ok(), !killswitch, "{name}: {server} without the mark");
+            }
+            let own: SocketAddr = (HOST, 3478).into();
+            let listener = UdpSocket::bind(own).unwrap();
+            listener.set_read_timeout(Some(Duration::from_millis(100))).unwrap();
+            datagram(own, Some(MARK)).unwrap_err();
+            assert!(listener.recv_from(&mut [0; 10]).is_err(), "{name}: this machine was reached");
+            assert_eq!(router.seen(), BTreeSet::new(), "{name}");
+            drop((router, fds));
+            network.clean_up(Owned::Unexpected).await;
+        }
+    });
+}
+
 #[test]
 #[ignore = "needs root and makes network namespaces"]
 fn what_others_change_of_the_device_is_put_back() {
