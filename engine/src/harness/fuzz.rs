@@ -1,19 +1,20 @@
 //! What each fuzz target does with its bytes. A broken promise is a panic.
 
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddrV4};
 
-use smoltcp::wire::{Icmpv4Packet, Icmpv6Packet, Ipv4Packet, Ipv6Packet, TcpPacket};
+use smoltcp::wire::{Icmpv4Packet, Icmpv6Packet, Ipv4Packet, Ipv6Packet, TcpPacket, UdpPacket};
 use tokio::runtime::Runtime;
 use tokio::task::yield_now;
 
-use crate::config::Limits;
+use crate::config::{Limits, Link};
 use crate::device::{Content, Framing, MAX_FRAME};
 use crate::packet::checksum::Sum;
 use crate::packet::ethernet::gateway_is_at;
 use crate::packet::icmp::port_unreachable;
-use crate::packet::parse::{self, Packet, Segment};
+use crate::packet::parse::{self, Drop as Reason, Packet, Segment};
+use crate::packet::udp;
 use crate::testing::{Bench, Far, LINK, Script, complete, fix_header, guest_ipv4, pair, who_has, world};
-use crate::upstream::ConnectError;
+use crate::upstream::{ConnectError, NOT_FOR_GUESTS};
 
 thread_local! {
     static RUNTIME: Runtime = tokio::runtime::Builder::new_current_thread().enable_io().build().unwrap();
@@ -40,7 +41,10 @@ pub fn parse(bytes: &[u8]) {
             let Ok(Packet::Tcp(again)) = parse::parse(&kept, true) else { panic!("{kept:?} is no packet any more") };
             assert_eq!((again.tuple, again.flags, again.packet), (segment.tuple, segment.flags, &kept[..]));
         }
-        Ok(Packet::Udp { packet, source, destination }) => unreachable(packet, source, destination),
+        Ok(Packet::Udp { packet, source, destination }) => {
+            unreachable(packet, source, destination);
+            datagram(packet, source, destination);
+        }
         Err(_) => {}
     }
 }
@@ -89,6 +93,23 @@ fn unreachable(packet: &[u8], source: IpAddr, destination: IpAddr) {
     assert!(to == source && packet.starts_with(quote));
 }
 
+/// What a guest's would be taken for is what smoltcp reads.
+fn datagram(packet: &[u8], source: IpAddr, destination: IpAddr) {
+    let (IpAddr::V4(source), IpAddr::V4(destination)) = (source, destination) else { return };
+    let ip = Ipv4Packet::new_checked(packet).unwrap();
+    let read = UdpPacket::new_checked(ip.payload());
+    match (udp::parse(packet, source, destination), read) {
+        (Ok(datagram), Ok(read)) => {
+            assert!(read.verify_checksum(&source.into(), &destination.into()));
+            let ports = (datagram.source_port, datagram.destination.port());
+            assert_eq!((ports, datagram.payload), ((read.src_port(), read.dst_port()), read.payload()));
+        }
+        (Err(Reason::Checksum), Ok(read)) => assert!(!read.verify_checksum(&source.into(), &destination.into())),
+        (Err(Reason::Malformed), Ok(read)) => assert!(read.src_port() == 0 || read.dst_port() == 0),
+        (parsed, read) => assert!(parsed.is_err() && read.is_err(), "{parsed:?} {read:?}"),
+    }
+}
+
 /// The answer to CONNECT, however it is cut.
 pub fn answer(bytes: &[u8]) {
     let (pieces, bytes) = bytes.split_at(bytes.len().min(4));
@@ -102,9 +123,9 @@ pub fn frames(bytes: &[u8]) {
     fed(framing, script);
 }
 
-/// The same on a guest's link: what is not its own is not taken in.
+/// The same on a guest's link, by which UDP leaves: what is not its own is not taken in.
 pub fn link(bytes: &[u8]) {
-    fed(Framing::Ethernet(LINK), Script::new(bytes));
+    fed(Framing::Ethernet(Link { udp: true, ..LINK }), Script::new(bytes));
 }
 
 fn fed(framing: Framing, mut script: Script<'_>) {
@@ -114,6 +135,7 @@ fn fed(framing: Framing, mut script: Script<'_>) {
             let mut bench = Bench::wrapped(framing, LIMITS, |device| device);
             let mut fars = Vec::<Far>::new();
             let (mut packets, mut questions) = (0, 0);
+            let mut peers = Vec::new();
             while !script.is_over() {
                 let choice = script.byte();
                 let length = script.below(2000);
@@ -126,7 +148,7 @@ fn fed(framing: Framing, mut script: Script<'_>) {
                 {
                     fix_header(packet);
                     if let Framing::Ethernet(_) = framing {
-                        fix_tcp(packet);
+                        fix_transport(packet);
                     }
                 }
                 match framing {
@@ -137,6 +159,7 @@ fn fed(framing: Framing, mut script: Script<'_>) {
                     _ => packets += u64::from(frame.len() >= framing.prefix()),
                 }
                 bench.feed(&frame);
+                sent_to(&bench, &mut peers);
                 yield_now().await;
                 if let Some((_, attempt)) = bench.attempts.next() {
                     let outcome = if choice & 2 == 0 {
@@ -158,16 +181,17 @@ fn fed(framing: Framing, mut script: Script<'_>) {
                     (1, Some(far)) => far.write(3000),
                     (2, Some(far)) => far.finish(),
                     (3, Some(far)) => far.close(),
+                    (4..8, _) => come_in(&bench, &peers, choice),
                     _ => {}
                 }
                 bench.turn();
-                written(&mut bench, framing);
+                written(&mut bench, framing, &peers);
             }
             drop(fars);
             for _ in 0..1000 {
                 yield_now().await;
                 bench.turn();
-                written(&mut bench, framing);
+                written(&mut bench, framing, &peers);
                 if bench.shard.is_busy() {
                     continue;
                 }
@@ -195,14 +219,42 @@ fn disguise(frame: &mut [u8], choice: u8) {
     }
 }
 
-/// Corrects the checksum of a TCP segment: nobody vouches for a guest's.
-fn fix_tcp(packet: &mut [u8]) {
-    let Ok(Packet::Tcp(Segment { tuple, packet: &[first, ..], .. })) = parse::parse(packet, true) else { return };
+/// Corrects the checksum of a TCP segment or a datagram: nobody vouches for a guest's.
+fn fix_transport(packet: &mut [u8]) {
+    let (source, destination, protocol, at) = match parse::parse(packet, true) {
+        Ok(Packet::Tcp(Segment { tuple, .. })) => (tuple.source, tuple.destination, 6, 16),
+        Ok(Packet::Udp { source, destination, .. }) => (source, destination, 17, 6),
+        Err(_) => return,
+    };
     let total = usize::from(u16::from_be_bytes([packet[2], packet[3]]));
-    let tcp = &mut packet[usize::from(first & 15) * 4..total];
-    tcp[16..18].fill(0);
-    let sum = Sum::pseudo_header(tuple.source, tuple.destination, 6, tcp.len()).add(tcp).checksum();
-    tcp[16..18].copy_from_slice(&sum.to_be_bytes());
+    let header = usize::from(packet[0] & 15) * 4;
+    let mut segment = &mut packet[header..total];
+    if protocol == 17 {
+        let length = usize::from(u16::from_be_bytes([segment[4], segment[5]])).clamp(8, segment.len());
+        segment = &mut segment[..length];
+    }
+    segment[at..at + 2].fill(0);
+    let sum = Sum::pseudo_header(source, destination, protocol, segment.len()).add(segment).checksum();
+    segment[at..at + 2].copy_from_slice(&sum.to_be_bytes());
+}
+
+/// Adds to `peers` whom the guest's ports sent to. Only to those that may be.
+fn sent_to(bench: &Bench, peers: &mut Vec<SocketAddrV4>) {
+    for (_, to) in bench.outside.ports().iter().flat_map(|port| port.sent()) {
+        let near = NOT_FOR_GUESTS.iter().any(|net| net.contains(&IpAddr::V4(*to.ip())));
+        assert!(!near && ![0, 53].contains(&to.port()), "{to} was sent to");
+        peers.push(to);
+    }
+}
+
+/// Lets a datagram come in by one of the guest's ports: from a peer, or from a stranger beside one.
+fn come_in(bench: &Bench, peers: &[SocketAddrV4], choice: u8) {
+    let (ports, choice) = (bench.outside.ports(), usize::from(choice));
+    if let (Some(port), Some(peer)) = (ports.get(choice % ports.len().max(1)), peers.last()) {
+        let stranger = SocketAddrV4::new(*peer.ip(), !peer.port());
+        let from = if choice & 1 == 0 { *peer } else { stranger };
+        port.put(&vec![7; choice * 8], &from.to_string());
+    }
 }
 
 fn is_guests(frame: &[u8]) -> bool {
@@ -221,7 +273,7 @@ fn is_question(frame: &[u8]) -> bool {
 }
 
 /// Whatever the shard writes can be taken.
-fn written(bench: &mut Bench, framing: Framing) {
+fn written(bench: &mut Bench, framing: Framing, peers: &[SocketAddrV4]) {
     while let Some(frame) = bench.device.next() {
         assert!(frame.len() <= MAX_FRAME);
         if let Framing::Ethernet(link) = framing
@@ -229,7 +281,12 @@ fn written(bench: &mut Bench, framing: Framing) {
         {
             continue;
         }
-        complete(framing, &frame, 1460).unwrap();
+        let packet = complete(framing, &frame, 1460).unwrap();
+        if let (Framing::Ethernet(_), &[_, _, _, _, _, _, _, _, _, 17, ..]) = (framing, &packet[..]) {
+            let port = u16::from_be_bytes([packet[20], packet[21]]);
+            let from = SocketAddrV4::new([packet[12], packet[13], packet[14], packet[15]].into(), port);
+            assert!(packet.len() <= 1500 && peers.contains(&from), "{from} got in with {} bytes", packet.len());
+        }
     }
 }
 
