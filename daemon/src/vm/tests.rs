@@ -182,7 +182,12 @@ async fn it_starts_with_all_that_it_needs() {
     assert_eq!(qemu.request, Some(Request { accelerator: Accelerator::Kvm, memory_mib: 256 }));
     assert_eq!((used.accelerator, &*used.qemu), (Accelerator::Kvm, "7.2.22"));
     assert_eq!(vm.event().await, Event::Status(Status::Init), "what the proof read is still told");
-    assert_eq!(qemu.command().await, "qmp_capabilities");
+    // QEMU is spoken to while events are waited for.
+    let command = tokio::select! {
+        command = qemu.command() => command,
+        event = vm.event() => panic!("{event:?}"),
+    };
+    assert_eq!(command, "qmp_capabilities");
     let sizes: Vec<_> = qemu.rest[2..].iter().map(|fd| rustix::fs::fstat(fd).unwrap().st_size).collect();
     assert_eq!(sizes[..3], [6, 9, 64 << 20], "kernel, initramfs, state disk");
     vm.set_clock().unwrap();
