@@ -1,6 +1,6 @@
 //! Questions that a person must answer: whoever waits for one delays nobody, and leaves nothing behind.
 
-use std::io::Read as _;
+use std::io::{Read, Write as _};
 use std::process::{Child, Command, Stdio};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
@@ -13,36 +13,49 @@ use zbus::{MatchRule, MessageStream};
 use crate::world::{Options, World, call, client, manager, pipe, run};
 
 const ASKED: &str = "Password:";
+const READY: &str = "ready";
 const REFUSED: &str = "too many calls wait";
 
-/// A program of `bob` on a terminal of its own: it starts an authentication agent for itself, then calls `Reconnect`.
+/// A program of `bob` that calls `Reconnect`, and an authentication agent for it on a terminal of its own.
 struct Asking {
-    child: Child,
+    caller: Child,
+    agent: Child,
     screen: Arc<Mutex<String>>,
 }
 
 impl Asking {
-    fn start() -> Self {
+    async fn start() -> Self {
+        let mut caller = bob()
+            .args([
+                "sh",
+                "-c",
+                "read go; exec busctl --system --timeout=100 --allow-interactive-authorization=yes call \
+                    org.proxyvpn1 /org/proxyvpn1 org.proxyvpn1.Manager Reconnect",
+            ])
+            .stdin(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
         // The agent closes the descriptor when it is registered; then `cat` ends.
-        let script = "{ pkttyagent --process $$ --notify-fd 5 5>&1 >/dev/tty & } | cat; \
-                      exec busctl --system --timeout=100 --allow-interactive-authorization=yes call \
-                      org.proxyvpn1 /org/proxyvpn1 org.proxyvpn1.Manager Reconnect";
-        let mut child = Command::new("setpriv")
-            .args(["--reuid=bob", "--regid=bob", "--init-groups", "script", "-qefc", script, "/dev/null"])
+        let script = format!(
+            "{{ pkttyagent --process {} --notify-fd 5 5>&1 >/dev/tty & }} | cat; echo {READY}; exec sleep 1000",
+            caller.id()
+        );
+        let mut agent = bob()
+            .args(["script", "-qefc", &script, "/dev/null"])
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .stderr(Stdio::null())
             .spawn()
             .unwrap();
         let screen = Arc::new(Mutex::new(String::new()));
-        let (mut output, shown) = (child.stdout.take().unwrap(), Arc::clone(&screen));
-        std::thread::spawn(move || {
-            let mut buffer = [0; 1024];
-            while let Ok(count @ 1..) = output.read(&mut buffer) {
-                shown.lock().unwrap().push_str(&String::from_utf8_lossy(&buffer[..count]));
-            }
-        });
-        Self { child, screen }
+        show(caller.stderr.take().unwrap(), &screen);
+        show(agent.stdout.take().unwrap(), &screen);
+        let mut go = caller.stdin.take().unwrap();
+        let asking = Self { caller, agent, screen };
+        asking.shows(READY).await;
+        go.write_all(b"\n").unwrap();
+        asking
     }
 
     fn screen(&self) -> String {
@@ -66,11 +79,35 @@ impl Asking {
         panic!("none of {texts:?} is on the screen: {}", self.screen());
     }
 
-    /// Ends the terminal, and with it all that runs on it.
-    fn end(mut self) {
-        self.child.kill().unwrap();
-        self.child.wait().unwrap();
+    /// Ends the caller alone: who is asked is still there.
+    fn leave(&mut self) {
+        let _ = self.caller.kill();
+        self.caller.wait().unwrap();
     }
+
+    /// Ends the caller, and the terminal with all that runs on it.
+    fn end(mut self) {
+        self.leave();
+        self.agent.kill().unwrap();
+        self.agent.wait().unwrap();
+    }
+}
+
+fn bob() -> Command {
+    let mut command = Command::new("setpriv");
+    command.args(["--reuid=bob", "--regid=bob", "--init-groups"]);
+    command
+}
+
+/// Adds what comes to the screen.
+fn show(mut output: impl Read + Send + 'static, screen: &Arc<Mutex<String>>) {
+    let screen = Arc::clone(screen);
+    std::thread::spawn(move || {
+        let mut buffer = [0; 1024];
+        while let Ok(count @ 1..) = output.read(&mut buffer) {
+            screen.lock().unwrap().push_str(&String::from_utf8_lossy(&buffer[..count]));
+        }
+    });
 }
 
 #[test]
@@ -86,7 +123,7 @@ fn a_question_that_nobody_answers_delays_nobody_and_is_taken_back() {
         let mut cancelled = MessageStream::from(&monitor);
 
         let alice = client("alice").await;
-        let asking = Asking::start();
+        let mut asking = Asking::start().await;
         asking.shows(ASKED).await;
 
         // While that question is open, others read, write and change the tree of objects.
@@ -104,9 +141,11 @@ fn a_question_that_nobody_answers_delays_nobody_and_is_taken_back() {
         assert!(start.elapsed() < Duration::from_secs(20), "{:?}", start.elapsed());
         assert_eq!(world.take_notes(), ["disconnect"]);
 
-        asking.end();
-        let cancel = tokio::time::timeout(Duration::from_secs(5), cancelled.next()).await;
+        // Not the agent, or polkit might end the question first by itself.
+        asking.leave();
+        let cancel = tokio::time::timeout(Duration::from_secs(30), cancelled.next()).await;
         assert!(cancel.is_ok_and(|message| message.is_some_and(|message| message.is_ok())), "the question stays open");
+        asking.end();
         assert!(world.take_notes().is_empty(), "nobody allowed bob to reconnect");
     });
 }
@@ -118,11 +157,11 @@ fn one_user_has_four_questions_open_at_most() {
         let _world = World::new().await;
         let mut open = Vec::new();
         for _ in 0..4 {
-            let asking = Asking::start();
+            let asking = Asking::start().await;
             asking.shows(ASKED).await;
             open.push(asking);
         }
-        let fifth = Asking::start();
+        let fifth = Asking::start().await;
         fifth.shows(REFUSED).await;
         fifth.end();
         for asking in open {
@@ -131,7 +170,7 @@ fn one_user_has_four_questions_open_at_most() {
         // A question ends a moment after who asked it.
         let end = Instant::now() + Duration::from_secs(30);
         loop {
-            let again = Asking::start();
+            let again = Asking::start().await;
             let shown = again.shows_one_of([ASKED, REFUSED]).await;
             again.end();
             if shown == ASKED {
