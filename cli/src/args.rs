@@ -254,7 +254,7 @@ pub(crate) enum Bridges {
         profile: String,
         /// Bridges, as bridges.torproject.org gives them; "-" reads them from standard input, one a line
         lines: Vec<String>,
-        /// How they are reached: none, obfs4 or meek; none without bridges removes them [default: as the first one says]
+        /// How they are reached: none, obfs4, meek or snowflake; none without bridges removes them [default: as the first one says]
         #[arg(long, value_name = "TRANSPORT")]
         transport: Option<String>,
     },

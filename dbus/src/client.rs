@@ -118,7 +118,7 @@ pub trait TorVm {
     /// Why it runs so.
     #[zbus(property)]
     fn accelerator_reason(&self) -> zbus::Result<String>;
-    /// How Tor's bridges are reached: `none`, `obfs4`, `meek` or empty.
+    /// How Tor's bridges are reached: `none`, `obfs4`, `meek`, `snowflake` or empty.
     #[zbus(property)]
     fn transport(&self) -> zbus::Result<String>;
 }

@@ -22,6 +22,8 @@ ALONE = 120  # seconds to Tor's start on a busy machine
 # Asks for the address of example.onion.
 ONION = b"\x00\x07\x01\x00\x00\x01\x00\x00\x00\x00\x00\x00\x07example\x05onion\x00\x00\x01\x00\x01"
 SCRIPT = stat.S_IFREG | 0o755
+FRONT, STUN, VOLUNTEER = "203.0.113.80", "203.0.113.78", "203.0.113.9"
+SNOWFLAKE = "snowflake 192.0.2.3:80 url=https://broker.example/ fronts=front.example,other.example ice=stun:stun.example:3478"
 
 
 def test(promise):
@@ -64,8 +66,16 @@ def expect(holds, otherwise):
         raise Failed(otherwise() if callable(otherwise) else str(otherwise))
 
 
-def config(**tor):
-    return json.dumps({**CONFIG, "tor": tor}).encode()
+def config(hosts=(), **tor):
+    hosts = [{"name": name, "address": address} for name, address in hosts]
+    return json.dumps({**CONFIG, "tor": tor, "hosts": hosts}).encode()
+
+
+def with_transports(place):
+    initramfs = os.path.join(place.image, "initramfs-transports")
+    if not os.path.exists(initramfs):
+        raise Failed("the image has no transports (build it with --transports)")
+    return initramfs
 
 
 @test("a blank disk is made, Tor runs, the power button ends it within 5 s, the file system is clean, and the next boot keeps it")
@@ -292,10 +302,7 @@ def bridge(place):
     place.blank()
     cert = "AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA"
     line = f"obfs4 203.0.113.77:4433 0123456789ABCDEF0123456789ABCDEF01234567 cert={cert} iat-mode=0"
-    initramfs = os.path.join(place.image, "initramfs-transports")
-    if not os.path.exists(initramfs):
-        raise Failed("the image has no transports (build it with --transports)")
-    with place.machine(config=config(entry={"bridges": [line]}), initramfs=initramfs, memory=128) as machine:
+    with place.machine(config=config(entry={"bridges": [line]}), initramfs=with_transports(place), memory=128) as machine:
         machine.wait("tor", ALONE)
         first = guest.packets(machine.uplink, 0.1)
         end = time.monotonic() + 30
@@ -306,6 +313,91 @@ def bridge(place):
         expect(sent and all((packet.destination, packet.port) == ("203.0.113.77", 4433) for packet in sent), f"{sent} {machine.said[-5:]}")
         machine.power_down()
     place.is_clean()
+
+
+@test("with snowflake and 128 MiB, the front is contacted by TCP and the STUN server by UDP, and nobody else")
+def snowflake(place):
+    place.blank()
+    told = config(hosts=[("front.example", FRONT), ("stun.example", STUN)], entry={"bridges": [SNOWFLAKE]})
+    with place.machine(config=told, initramfs=with_transports(place), memory=128) as machine:
+        machine.wait("tor", ALONE)
+        sent, end = [], time.monotonic() + 60
+        while len({packet.protocol for packet in sent}) < 2 and time.monotonic() < end:
+            machine.read(0.1)
+            sent += guest.packets(machine.uplink, 0.5)
+        sent += guest.packets(machine.uplink, 3)
+        kinds = {(packet.protocol, packet.source, packet.destination, packet.port) for packet in sent}
+        expect(kinds == {(TCP, UPLINK_GUEST, FRONT, 443), (UDP, UPLINK_GUEST, STUN, 3478)}, f"{kinds} {machine.said[-5:]}")
+        quiet = guest.packets(machine.host, 0.1)
+        expect(not quiet, quiet)
+        machine.power_down()
+    place.is_clean()
+
+
+# In Tor's place, and in e2fsck's, which init runs as root when there are addresses.
+SENDER = r"""
+#include <arpa/inet.h>
+#include <stdio.h>
+#include <unistd.h>
+int main(void) {
+  struct { const char *to; int port; const char *from; } all[] = {TARGETS};
+  int on = 1, sent = 0;
+  for (unsigned i = 0; i < sizeof all / sizeof *all; i++) {
+    struct sockaddr_in to = {AF_INET, htons(all[i].port), {inet_addr(all[i].to)}}, from = {AF_INET, 0, {inet_addr(all[i].from)}};
+    int fd = socket(AF_INET, SOCK_DGRAM, 0);
+    setsockopt(fd, SOL_SOCKET, SO_BROADCAST, &on, sizeof on);
+    if (!bind(fd, (void *)&from, sizeof from) && sendto(fd, "x", 1, 0, (void *)&to, sizeof to) == 1) sent++;
+  }
+  printf("Jan 01 00:00:00.000 [notice] %d left\n", sent);
+  fflush(stdout);
+  sleep(SECONDS);
+}
+"""
+AS_TOR = [(VOLUNTEER, 3478, "0.0.0.0"), (VOLUNTEER, 53, "0.0.0.0"), ("224.0.0.251", 5353, UPLINK_GUEST), ("255.255.255.255", 67, UPLINK_GUEST),
+          (HOST, 9999, "0.0.0.0"), (VOLUNTEER, 4000, GUEST)]
+
+
+def sender(place, targets, seconds):
+    """A program for the guest that sends to these."""
+    table = ",".join(f'{{"{to}",{port},"{source}"}}' for to, port, source in targets)
+    out = place.file("sender")
+    subprocess.run(["cc", "-static", "-x", "c", f"-DTARGETS={table}", f"-DSECONDS={seconds}", "-o", out, "-"], input=SENDER, text=True, check=True)
+    with open(out, "rb") as file:
+        return file.read()
+
+
+def sends(place, **tor):
+    """What Tor's user and root get out by UDP with this configuration."""
+    os.makedirs(place.file("content/tor"), exist_ok=True)
+    make_disk(place, place.file("content"))
+    members = [("usr/bin/tor", SCRIPT, sender(place, AS_TOR, 1000)), ("usr/bin/e2fsck", SCRIPT, sender(place, [(VOLUNTEER, 5000, "0.0.0.0")], 0))]
+    with_transports(place)
+    initramfs = guest.changed(place.image, place.file("changed"), members, "initramfs-transports")
+    with place.machine(config=config(**tor), initramfs=initramfs) as machine:
+        _, said = machine.wait("log", ALONE, lambda said: said["text"].endswith(" left"))
+        # Nobody asked them.
+        for _ in range(3):
+            machine.uplink.send(guest.datagram(VOLUNTEER, UPLINK_GUEST, 9999, from_mac=guest.UPLINK_GATEWAY_MAC, to_mac=guest.UPLINK_GUEST_MAC))
+        sent = guest.packets(machine.uplink, 5) + guest.packets(machine.host, 0.5)
+        return said["text"], {(packet.protocol, packet.source, packet.destination, getattr(packet, "port", None)) for packet in sent}
+
+
+@test("UDP of Tor's user leaves with snowflake only, to no port 53, no group and not to the host; root's does not")
+def udp(place):
+    got = sends(place, entry={"bridges": [SNOWFLAKE]})
+    expect(got == ("1 left", {(UDP, UPLINK_GUEST, VOLUNTEER, 3478)}), f"with snowflake: {got}")
+    for entry in ("any", {"bridges": ["192.0.2.1:443", "obfs4 192.0.2.2:443 cert=a"]}):
+        got = sends(place, entry=entry)
+        expect(got == ("0 left", set()), f"with {entry}: {got}")
+
+
+@test("an image without the program that the bridges need powers the guest off, with the cause")
+def no_transport(place):
+    place.blank()
+    with place.machine(config=config(entry={"bridges": [SNOWFLAKE]})) as machine:
+        _, off = machine.wait("off", ALONE)
+        expect("the image has no /usr/bin/snowflake-client" in off["cause"], off)
+        machine.ended(5)
 
 
 @test("countries of relays are known when a profile names one")
@@ -362,7 +454,7 @@ def main():
         for name, _, promise in chosen:
             print(f"{name}: {promise}")
         return 0
-    needed = ["qemu-system-x86_64", "mke2fs", "e2fsck", "debugfs", "zstd"]
+    needed = ["qemu-system-x86_64", "mke2fs", "e2fsck", "debugfs", "zstd", "cc"]
     missing = [tool for tool in needed if not shutil.which(tool)]
     passed = failed = 0
     if missing:

@@ -123,6 +123,8 @@ assemble() {
     add_roots "$tree" "$work/transports"
     (cd "$work/image" && find . -type f -printf '%P\0') | (cd "$work/transports" && xargs -0 rm -f)
     find "$work/transports" -mindepth 1 -type d -empty -delete
+    # Unpacked when the bridges need it: while the kernel unpacks the image, 128 MiB hold the whole of it twice.
+    xz -6 -T1 "$work/transports/usr/bin"/*
     # The kernel unpacks one archive after the other.
     { cat "$work/out/initramfs"; pack "$work/transports"; } >"$work/out/initramfs-transports"
   fi

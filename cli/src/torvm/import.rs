@@ -229,8 +229,6 @@ fn bridges(bridge: &BridgeConfig, torvm: &mut Table, notes: &mut Vec<String>) ->
     let field = |rejected: Rejected| rejected.0;
     let transport: Transport = match bridge.transport.as_str() {
         "" => Transport::None,
-        // Not used there either.
-        _ if !bridge.use_bridges && bridge.transport == "snowflake" => Transport::None,
         word => word.parse().map_err(|error| format!("bridge.transport: {}", field(error)))?,
     };
     let mut lines = Vec::new();

@@ -70,7 +70,7 @@ fn an_error_names_the_field() {
         ("{\"bridge\": {\"use_bridges\": true, \"transport\": \"obfs4\"}}", "bridge.bridges"),
         (
             "{\"bridge\": {\"use_bridges\": true, \"transport\": \"snowflake\", \"bridges\": [\"x\"]}}",
-            "needs UDP (WebRTC)",
+            "bridge.bridges[0]: \"x\" is not a bridge",
         ),
         ("{\"bridge\": {\"transport\": \"scramblesuit\"}}", "bridge.transport"),
         (
@@ -96,6 +96,16 @@ fn an_error_names_the_field() {
             "{json}: {error}"
         );
     }
+}
+
+#[test]
+fn snowflake_is_taken() {
+    let line = "snowflake 192.0.2.3:80 url=https://a.example/ fronts=b.example,c.example ice=stun:d.example:3478";
+    let json = serde_json::json!({"bridge": {"use_bridges": true, "transport": "snowflake", "bridges": [line]}});
+    let (table, _) = table(&json.to_string());
+    assert_eq!(table["torvm"]["transport"].as_str(), Some("snowflake"));
+    let taken = table["torvm"]["bridges"][0].as_str();
+    assert_eq!(taken, Some(&*line.replace("fronts=b.example,c.example", "front=b.example")));
 }
 
 #[test]

@@ -115,6 +115,9 @@ async fn bridges_are_set_and_listed() {
     let azure = "meek_lite 192.0.2.20:80 url=https://meek.azureedge.net/ front=ajax.aspnetcdn.com";
     let ran = run(&["set", "tor", azure]).await;
     assert!(ran.code == 0 && ran.err.contains("ajax.aspnetcdn.com is gone"), "{ran:?}");
+    let snowflake = "snowflake 192.0.2.3:80 url=https://a.example/ ice=stun:b.example:3478";
+    let ran = run(&["set", "tor", snowflake, "--transport", "snowflake"]).await;
+    assert!(ran.code == 0 && ran.out.contains("by snowflake"), "{ran:?}");
     let ran = run(&["set", "tor", "--transport", "none"]).await;
     assert!(ran.code == 0 && ran.out.contains("has no bridges now"), "{ran:?}");
     let mut command = bus.command(&["torvm", "bridges", "set", "tor", "-"]);
@@ -124,7 +127,7 @@ async fn bridges_are_set_and_listed() {
     for (args, says) in [
         (vec!["set", "tor"], "give bridges"),
         (vec!["set", "tor", "obfs4 x"], "is not a bridge"),
-        (vec!["set", "tor", OBFS4, "--transport", "snowflake"], "needs UDP"),
+        (vec!["set", "tor", OBFS4, "--transport", "webtunnel"], "is no transport"),
     ] {
         let ran = run(&args).await;
         assert!(ran.code == 2 && ran.err.contains(says), "{args:?}: {ran:?}");
@@ -135,6 +138,7 @@ async fn bridges_are_set_and_listed() {
         [
             format!("SetBridges 'tor' obfs4 {obfs4}"),
             format!("SetBridges 'tor' meek [\"{azure}\"]"),
+            format!("SetBridges 'tor' snowflake [\"{snowflake}\"]"),
             "SetBridges 'tor' none []".to_owned(),
             "SetBridges 'tor' none [\"192.0.2.1:443\", \"192.0.2.2:443\"]".to_owned(),
         ]

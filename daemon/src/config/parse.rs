@@ -42,7 +42,8 @@ pub fn profile(name: &str, file: &str, text: &str) -> Result<Profile, ConfigErro
             (reader.tap(&raw.tun)?, reader.dns(&raw.dns)?, reader.protect(&raw.protect)?, torvm)
         }
     };
-    Ok(Profile {
+    let url = raw.upstream.as_ref().and_then(|upstream| upstream.get_ref().url.as_ref()).map(Spanned::span);
+    let profile = Profile {
         name: name.to_owned(),
         backend,
         autoconnect: raw.autoconnect,
@@ -56,7 +57,9 @@ pub fn profile(name: &str, file: &str, text: &str) -> Result<Profile, ConfigErro
             _ => Err(Rejected::new("a user is a name or a number")),
         })?,
         torvm,
-    })
+    };
+    profile.fits_upstream().map_err(|rejected| reader.0.error(url, rejected))?;
+    Ok(profile)
 }
 
 /// Checks values and puts their places into errors.

@@ -9,6 +9,8 @@ use proxyvpn_torvm::config::proxy::Kind;
 use proxyvpn_torvm::launch::Accelerator;
 use serde::{Deserialize, Serialize};
 
+use super::error::Rejected;
+
 /// A profile: what to connect to and what to protect (`proxyvpn-profile(5)`).
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -196,6 +198,18 @@ impl Profile {
     pub fn stored_password(&self) -> bool {
         let proxy = self.torvm.as_ref().and_then(|torvm| torvm.proxy.as_ref());
         self.upstream.password.is_some() || proxy.is_some_and(|proxy| proxy.password.is_some())
+    }
+
+    /// Whether the upstream carries what Tor's bridges need.
+    ///
+    /// # Errors
+    /// Snowflake's UDP goes through no HTTP proxy.
+    pub fn fits_upstream(&self) -> Result<(), Rejected> {
+        if self.upstream.scheme != Scheme::Direct && self.torvm.as_ref().is_some_and(|torvm| torvm.tor.udp()) {
+            let text = "snowflake needs UDP, which goes through no HTTP proxy; use obfs4 or meek bridges, or direct://";
+            return Err(Rejected::new(text));
+        }
+        Ok(())
     }
 
     /// What people should know about these settings before they rely on them.

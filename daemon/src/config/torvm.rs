@@ -65,11 +65,17 @@ impl Reader<'_> {
         });
         let accel = [("auto", None), ("kvm", Some(Accelerator::Kvm)), ("tcg", Some(Accelerator::Tcg))];
         let accel = accel.map(|(word, accel)| (word, Some(accel)));
+        let (tor, proxy) = (self.tor(raw)?, self.tor_proxy(raw)?);
+        if let Some(place) = raw.https_proxy.as_ref().or(raw.socks5_proxy.as_ref()).filter(|_| tor.udp()) {
+            let text =
+                "snowflake needs UDP, which goes through no proxy; use obfs4 or meek bridges, or remove this key";
+            return Err(self.fault(place.span(), text));
+        }
         Ok(TorVmSpec {
             memory_mib: memory.transpose()?.unwrap_or(default.memory_mib),
             accel: self.one_of(raw.accel.as_ref(), "accel", &accel, default.accel)?,
-            tor: self.tor(raw)?,
-            proxy: self.tor_proxy(raw)?,
+            tor,
+            proxy,
         })
     }
 

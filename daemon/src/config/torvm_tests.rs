@@ -122,6 +122,13 @@ fn without_a_word_for_the_transport_the_lines_say_it() {
     let meek = "meek_lite 192.0.2.20:80 url=https://a.example front=b.example";
     assert_eq!(spec(&format!("bridges = [\"{meek}\"]")).tor.transport(), Transport::Meek);
     assert_eq!(spec(&format!("transport = \"meek-azure\"\nbridges = [\"{meek}\"]")).tor.transport(), Transport::Meek);
+    let snowflake = "snowflake [2001:db8::1]:80 url=https://a.example/ ice=stun:b";
+    for upstream in ["", "[upstream]\nurl = \"direct://\"\n"] {
+        let profile =
+            read(&format!("{upstream}[torvm]\ntransport = \"snowflake\"\nbridges = [\"{snowflake}\"]")).unwrap();
+        assert!(profile.torvm.as_ref().unwrap().tor.udp());
+        assert!(profile.notes()[0].contains("volunteers"), "{:?}", profile.notes());
+    }
     let gone = meek.replace("b.example", "ajax.aspnetcdn.com");
     let profile = read(&format!("[torvm]\nbridges = [\"{gone}\"]")).unwrap();
     assert!(profile.notes()[0].contains("is gone"), "{:?}", profile.notes());
@@ -142,8 +149,28 @@ fn an_error_names_the_line_and_what_to_do() {
         ("[torvm]\nmemory-mib = -1\n", "3:14", "use 128 to 4096"),
         ("[torvm]\nmemory-mib = \"256\"\n", "3:14", "expected a whole number"),
         ("[torvm]\naccel = \"xen\"\n", "3:9", "use \"auto\" or \"kvm\" or \"tcg\""),
-        ("[torvm]\ntransport = \"snowflake\"\n", "3:13", "needs UDP (WebRTC)"),
-        ("[torvm]\ntransport = \"webtunnel\"\n", "3:13", "use none, obfs4 or meek"),
+        ("[torvm]\ntransport = \"snowflake\"\n", "3:13", "needs bridges"),
+        ("[torvm]\ntransport = \"webtunnel\"\n", "3:13", "use none, obfs4, meek or snowflake"),
+        (
+            "[upstream]\nurl = \"http://a:1\"\n[torvm]\nbridges = [\"snowflake 192.0.2.3:80 url=https://a.example/ ice=stun:b\"]\n",
+            "3:7",
+            "use obfs4 or meek bridges, or direct://",
+        ),
+        (
+            "[torvm]\nbridges = [\"192.0.2.1:1\", \"snowflake 192.0.2.3:80 url=https://a.example/ ice=stun:b\"]\nsocks5-proxy = \"a:1\"\n",
+            "4:16",
+            "use obfs4 or meek bridges, or remove this key",
+        ),
+        (
+            "[torvm]\nbridges = [\"snowflake 192.0.2.3:80 url=https://a.example/ ice=stun:b\"]\nhttps-proxy = \"a:1\"\n",
+            "4:15",
+            "goes through no proxy",
+        ),
+        (
+            "[torvm]\ntransport = \"obfs4\"\nbridges = [\"snowflake 192.0.2.3:80 url=https://a.example/ ice=stun:b\"]\n",
+            "4:12",
+            "reached by the transport snowflake",
+        ),
         ("[torvm]\ntransport = \"obfs4\"\n", "3:13", "needs bridges"),
         (
             "[torvm]\ntransport = \"none\"\nbridges = [\"obfs4 192.0.2.1:1 cert=a\"]\n",

@@ -201,6 +201,7 @@ impl ConnectOptions {
             // Not that of the profile, even when this one is gone: the options may lead to another proxy.
             upstream.password = Some(PasswordSource::Caller);
         }
+        profile.fits_upstream().map_err(|rejected| invalid(connect::PROXY_URL, &rejected.to_string()))?;
         overlay(&mut profile.tun.name, self.tun_name.as_ref());
         overlay(&mut profile.tun.cidr, self.tun_cidr.as_ref());
         overlay(&mut profile.tun.cidr6, self.tun_cidr6.as_ref());

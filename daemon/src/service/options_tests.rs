@@ -65,6 +65,9 @@ fn the_device_and_the_password_of_a_torvm_stay_what_they_are() {
     for options in redirects() {
         assert!(applied(tor("https-proxy = \"proxy.example:3128\"\n"), options).is_ok(), "there is no password");
     }
+    let snowflake = || tor("bridges = [\"snowflake 192.0.2.3:80 url=https://a.example/ ice=stun:b\"]\n");
+    assert!(applied(snowflake(), vec![url()]).unwrap_err().contains("option proxy-url: snowflake needs UDP"));
+    assert!(applied(snowflake(), vec![("proxy-url", "direct://".into())]).is_ok());
     let by_address = tor(&format!("https-proxy = \"192.0.2.9:3128\"\n{login}"));
     assert!(applied(by_address, vec![("dns", vec!["192.0.2.53"].into())]).is_ok(), "nothing is looked up");
 }

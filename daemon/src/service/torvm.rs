@@ -64,7 +64,7 @@ impl TorVm {
         self.handle.view.borrow().accelerator.1.clone()
     }
 
-    /// How Tor's bridges are reached: `none`, `obfs4`, `meek` or empty.
+    /// How Tor's bridges are reached: `none`, `obfs4`, `meek`, `snowflake` or empty.
     #[zbus(property)]
     fn transport(&self) -> &'static str {
         self.handle.view.borrow().transport
@@ -109,7 +109,13 @@ mod tests {
             ("none", vec!["192.0.2.1:443"], None),
             ("obfs4", vec![obfs4], None),
             ("obfs4", vec![], Some("needs bridges")),
-            ("snowflake", vec![], Some("UDP")),
+            ("snowflake", vec![], Some("needs bridges")),
+            ("snowflake", vec!["snowflake 192.0.2.3:80 url=https://a.example/ ice=stun:b"], None),
+            (
+                "snowflake",
+                vec!["snowflake 192.0.2.3:80 url=https://a.example/ ice=stun:b log=/x"],
+                Some("log= is not known"),
+            ),
             ("x\ny", vec![], Some("is no transport")),
             ("none", vec!["192.0.2.1:443", obfs4], Some("bridge 2 is not reached by the transport none, but obfs4")),
             ("obfs4", vec![obfs4, "obfs4 x"], Some("bridge 2: ")),

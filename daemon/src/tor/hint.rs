@@ -10,6 +10,8 @@ const SKEW: u64 = 30 * 60;
 pub struct Way {
     /// Through bridges.
     pub bridges: bool,
+    /// By snowflake, which says nothing of what fails: Tor waits for the first answer of the bridge behind a volunteer.
+    pub snowflake: bool,
     /// Through a proxy.
     pub proxy: bool,
 }
@@ -41,6 +43,9 @@ pub fn hint(bootstrap: &Bootstrap, skew: Option<i64>, way: Way) -> String {
             "The proxy on Tor's way out refuses or does not answer: check its address, its port and that it lets CONNECT through."
         }
         ("NOROUTE", _) => "There is no way to the network: check that this machine is online.",
+        (_, ..=14) if way.snowflake => {
+            "No volunteer of snowflake is reached yet: look at `proxyctl torvm log`; if this lasts, this network may block its broker or UDP, so use obfs4 or meek bridges."
+        }
         ("CONNECTREFUSED" | "CONNECTRESET" | "TIMEOUT" | "IOERROR" | "TLSERROR" | "DONE" | "MISC", ..75)
             if way.bridges || transport =>
         {
@@ -117,8 +122,9 @@ mod tests {
     #[test]
     fn each_trouble_has_its_sentence() {
         let direct = Way::default();
-        let bridges = Way { bridges: true, proxy: false };
-        let proxy = Way { bridges: false, proxy: true };
+        let bridges = Way { bridges: true, ..direct };
+        let snowflake = Way { snowflake: true, ..bridges };
+        let proxy = Way { proxy: true, ..direct };
         let cases = [
             (5, "conn", "TIMEOUT", Some(-7300), direct, "about 2 hours behind"),
             (50, "loading_descriptors", "", Some(86_400 * 3), direct, "about 3 days ahead"),
@@ -137,6 +143,12 @@ mod tests {
             (5, "conn", "CONNECTRESET", None, proxy, "check its rules"),
             (0, "starting", "", None, direct, "don't answer yet"),
             (1, "conn_pt", "", None, bridges, "bridges don't answer yet"),
+            (1, "conn_pt", "PT_MISSING", None, snowflake, "does not run"),
+            (2, "conn_done_pt", "", None, snowflake, "block its broker or UDP"),
+            (14, "handshake", "TIMEOUT", None, snowflake, "use obfs4 or meek"),
+            (14, "handshake", "TIMEOUT", Some(-7300), snowflake, "about 2 hours behind"),
+            (30, "loading_status", "", None, snowflake, "can take minutes"),
+            (30, "loading_status", "TIMEOUT", None, snowflake, "bridges can't be reached"),
             (55, "loading_descriptors", "", None, direct, "can take minutes"),
             (80, "ap_conn", "", None, direct, "relays that answer"),
             (80, "ap_conn", "CONNECTREFUSED", None, direct, "relays that answer"),

@@ -105,6 +105,10 @@ fn what_tor_has_is_shown_and_bridges_are_set() {
         };
         let text = "# kept\nbackend = \"torvm\"\n";
         manager(&alice, "ImportProfile", &(pipe(text), options([("name", "tor".into())]))).await.unwrap();
+        let proxied = "backend = \"torvm\"\n[upstream]\nurl = \"http://proxy.example:3128\"\n";
+        manager(&alice, "ImportProfile", &(pipe(proxied), options([("name", "proxied".into())]))).await.unwrap();
+        let snowflake = "snowflake 192.0.2.3:80 url=https://a.example/ ice=stun:b.example:3478";
+        set("tor", "snowflake", &[snowflake]).await.unwrap();
         let line = "obfs4 192.0.2.1:443 cert=a";
         set("tor", "obfs4", &[line]).await.unwrap();
         let profile = ProfileProxy::builder(&alice).path(profile_path("tor")).build().await.unwrap();
@@ -113,6 +117,7 @@ fn what_tor_has_is_shown_and_bridges_are_set() {
         for (name, transport, lines, error) in [
             ("tor", "obfs4", vec!["obfs4 192.0.2.1:443 cert=a\n%include /etc/passwd"], "InvalidOption"),
             ("tor", "snowflake", vec![], "InvalidOption"),
+            ("proxied", "snowflake", vec![snowflake], "InvalidProfile"),
             ("tor", "none", vec!["192.0.2.1:443"; 17], "LimitExceeded"),
             ("work", "none", vec!["192.0.2.1:443"], "InvalidProfile"),
             ("missing", "none", vec![], "NoSuchProfile"),

@@ -102,6 +102,6 @@ async fn a_start_that_stalls_is_told_with_what_helps() {
     let bootstrap = stalled.await.expect("nobody listens there, and Tor says so");
     assert_eq!((&*bootstrap.tag, &*bootstrap.reason), ("conn", "CONNECTREFUSED"), "{bootstrap:?}");
     assert_eq!((&*bootstrap.warning, &*bootstrap.host), ("Connection refused", "127.0.0.1:4"));
-    assert!(hint(&bootstrap, None, Way { bridges: true, proxy: false }).contains("get new lines"));
+    assert!(hint(&bootstrap, None, Way { bridges: true, ..Way::default() }).contains("get new lines"));
     assert_eq!(control.bootstrap().await.unwrap().percent, bootstrap.percent);
 }

@@ -1,10 +1,11 @@
 //! Tor's configuration, from fields that each were checked. No text of the configuration reaches it by another way.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::{self, Write as _};
 
 use crate::config::node::Node;
 use crate::config::proxy::{Kind, Proxy};
-use crate::config::{Entry, GuestConfig, OBFS4PROXY, TorSettings};
+use crate::config::{Bridge, Entry, GuestConfig, TorSettings};
 use crate::link::{CONTROL_PORT, DNS_PORT, GUEST, ONION_NETWORK, SOCKS_PORT, TRANS_PORT};
 
 /// Where the guest has the countries of IPv4 addresses; Tor knows a relay's country by no other. Not where Tor looks unasked: it takes a
@@ -50,15 +51,20 @@ impl Torrc {
 }
 
 fn tor(torrc: &mut Torrc, tor: &TorSettings) {
-    let mut plugins: Vec<&str> = tor.bridges().iter().filter_map(|bridge| bridge.transport().plugin()).collect();
-    plugins.sort_unstable();
-    plugins.dedup();
-    if plugins.is_empty() {
+    let mut programs: BTreeMap<&str, BTreeSet<&str>> = BTreeMap::new();
+    for transport in tor.bridges().iter().map(Bridge::transport) {
+        if let (Some(program), Some(plugin)) = (transport.program(), transport.plugin()) {
+            programs.entry(program).or_default().insert(plugin);
+        }
+    }
+    if programs.is_empty() {
         torrc.set("NoExec", 1);
         // Tor's own filter of system calls; it knows no starting of transports.
         torrc.set("Sandbox", 1);
-    } else {
-        torrc.set("ClientTransportPlugin", format_args!("{} exec {OBFS4PROXY}", plugins.join(",")));
+    }
+    for (program, plugins) in programs {
+        let plugins = plugins.into_iter().collect::<Vec<_>>().join(",");
+        torrc.set("ClientTransportPlugin", format_args!("{plugins} exec {program}"));
     }
     let mut lists = vec![
         ("ExitNodes", &tor.exit_nodes),

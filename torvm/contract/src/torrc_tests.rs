@@ -14,6 +14,8 @@ const FP: &str = "0123456789ABCDEF0123456789ABCDEF01234567";
 const OBFS4: &str = "obfs4 192.0.2.1:443 0123456789abcdef0123456789abcdef01234567 cert=ab/+= iat-mode=0";
 const MEEK: &str =
     "meek_lite 0.0.2.0:2 url=https://meek.example.org/path front=www.example.org utls=HelloRandomizedALPN";
+const SNOWFLAKE: &str = "snowflake 192.0.2.3:80 0123456789abcdef0123456789abcdef01234567 fingerprint=0123456789ABCDEF0123456789ABCDEF01234567 \
+     url=https://broker.example.org/ fronts=www.example.org,b.example ice=stun:a.example:3478,stun:192.0.2.9 utls-imitate=hellorandomizedalpn";
 const AUTHORITY: &str = "auth1 orport=9001 no-v2 v3ident=D586D18309DED4CD6D57C18FDB97EFA96D330566 11.0.0.1:9030 \
                          0123 4567 89AB CDEF 0123  4567 89AB CDEF 0123 4567";
 
@@ -66,6 +68,31 @@ fn variants() -> Vec<(&'static str, GuestConfig, Vec<&'static str>)> {
             "ClientTransportPlugin meek_lite,obfs4 exec /usr/bin/obfs4proxy",
             "HTTPSProxy 192.0.2.9:3128",
             "HTTPSProxyAuthenticator me:p#\"\\ %include",
+            "UseBridges 1",
+        ],
+    );
+    with(
+        "snowflake alone",
+        |c| c.tor.entry = Entry::Bridges(list(&[SNOWFLAKE])),
+        &[
+            "Bridge snowflake 192.0.2.3:80 0123456789ABCDEF0123456789ABCDEF01234567 fingerprint=0123456789ABCDEF0123456789ABCDEF01234567 \
+             url=https://broker.example.org/ front=www.example.org ice=stun:a.example:3478,stun:192.0.2.9 utls-imitate=hellorandomizedalpn",
+            "ClientTransportPlugin snowflake exec /usr/bin/snowflake-client",
+            "UseBridges 1",
+        ],
+    );
+    with(
+        "all transports",
+        |c| {
+            c.tor.entry =
+                Entry::Bridges(list(&["snowflake 192.0.2.3:80 url=https://a.example/ ice=stun:a.example", OBFS4, MEEK]))
+        },
+        &[
+            "Bridge meek_lite 0.0.2.0:2 url=https://meek.example.org/path front=www.example.org utls=HelloRandomizedALPN",
+            "Bridge obfs4 192.0.2.1:443 0123456789ABCDEF0123456789ABCDEF01234567 cert=ab/+= iat-mode=0",
+            "Bridge snowflake 192.0.2.3:80 url=https://a.example/ ice=stun:a.example",
+            "ClientTransportPlugin meek_lite,obfs4 exec /usr/bin/obfs4proxy",
+            "ClientTransportPlugin snowflake exec /usr/bin/snowflake-client",
             "UseBridges 1",
         ],
     );
@@ -267,6 +294,13 @@ fn hostile() -> impl Strategy<Value = String> {
         "[",
         "]",
         "url=https://a.b",
+        "snowflake 192.0.2.3:80 url=https://a.b ice=stun:a",
+        " ice=stun:a.b:1,stun:",
+        " fronts=a,b",
+        " fingerprint=",
+        " max=",
+        " utls-imitate=",
+        " utls-nosni=true",
         "orport=1",
         "v3ident=",
     ]);
@@ -274,7 +308,11 @@ fn hostile() -> impl Strategy<Value = String> {
         prop::collection::vec(parts, 0..8).prop_map(|parts| parts.concat()),
         any::<String>(),
         // Something good with something in it.
-        (prop::sample::select(vec![OBFS4, MEEK, AUTHORITY, FP, "{de}", "192.0.2.1:443"]), 0..100usize, any::<char>())
+        (
+            prop::sample::select(vec![OBFS4, MEEK, SNOWFLAKE, AUTHORITY, FP, "{de}", "192.0.2.1:443"]),
+            0..300usize,
+            prop_oneof![any::<char>(), prop::sample::select(vec!['\n', '\0', '"', '%', '#', ',', ' ', ';'])]
+        )
             .prop_map(|(good, at, c)| {
                 let mut text = good.to_owned();
                 text.insert(at.min(good.len()), c);

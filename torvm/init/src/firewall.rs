@@ -1,7 +1,7 @@
 //! The ruleset. From the host's side: TCP into Tor's transparent proxy, DNS into its resolver, all else refused. To the other side: only
-//! TCP that Tor's user began. Nothing is forwarded.
+//! TCP that Tor's user began, and for snowflake its UDP. Nothing is forwarded.
 
-use proxyvpn_torvm::link::{CONTROL_PORT, DNS_PORT, GUEST, HOST, SOCKS_PORT, TRANS_PORT};
+use proxyvpn_torvm::link::{CONTROL_PORT, DNS_PORT, GUEST, HOST, SOCKS_PORT, TRANS_PORT, UPLINK_GUEST};
 
 use crate::error::Error;
 use crate::network::{HOST_DEVICE, UPLINK_DEVICE};
@@ -10,13 +10,22 @@ use crate::tor;
 
 const NFT: &str = "/usr/bin/nft";
 
-/// Puts it in force, in one transaction.
-pub(crate) fn apply() -> Result<(), Error> {
-    program::run(NFT, &["-f", "-"], &ruleset(), || {})?.successful(NFT)
+/// Puts it in force, in one transaction. `udp`: whether Tor's user may send it.
+pub(crate) fn apply(udp: bool) -> Result<(), Error> {
+    program::run(NFT, &["-f", "-"], &ruleset(udp), || {})?.successful(NFT)
 }
 
 /// TCP port 53 is reset: exits would ask another resolver, which knows no `.onion` names, while programs that are refused ask by UDP.
-fn ruleset() -> String {
+fn ruleset(udp: bool) -> String {
+    // Not from the other device's address, which WebRTC tries too; neither names nor groups (mDNS).
+    let udp = if udp {
+        format!(
+            r#"oifname "{UPLINK_DEVICE}" ip saddr {UPLINK_GUEST} ip daddr != {{ 224.0.0.0/4, 255.255.255.255 }} udp dport != 53 meta skuid {} accept"#,
+            tor::UID
+        )
+    } else {
+        String::new()
+    };
     format!(
         r#"table inet torvm {{
   chain refuse {{
@@ -51,6 +60,7 @@ fn ruleset() -> String {
     oifname "{HOST_DEVICE}" ct direction reply accept
     oifname "{UPLINK_DEVICE}" meta l4proto tcp ct state established accept
     oifname "{UPLINK_DEVICE}" meta l4proto tcp meta skuid {uid} ct state new accept
+    {udp}
     reject with icmpx type admin-prohibited
   }}
 }}

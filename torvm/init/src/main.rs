@@ -71,7 +71,7 @@ fn start(channel: &mut Channel) -> Result<Watch, Error> {
     let button = button::open()?;
     network::name_devices()?;
     boot::set_kernel()?;
-    firewall::apply()?;
+    firewall::apply(config.tor.udp())?;
     boot::lock_modules()?;
     network::configure()?;
     channel.send(&Status::Network);

@@ -1,10 +1,12 @@
 //! Tor: its configuration, its process, its log.
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::io::{ErrorKind, Read as _};
 use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
 use std::os::unix::fs::lchown;
 use std::os::unix::process::CommandExt as _;
+use std::path::Path;
 use std::process::{ChildStdout, Command, Stdio};
 
 use proxyvpn_torvm::channel::{MAX_TEXT, Status};
@@ -42,6 +44,15 @@ pub(crate) struct Tor {
 
 /// Writes its configuration and starts it as its own user.
 pub(crate) fn start(config: &GuestConfig, channel: &mut Channel) -> Result<Tor, Error> {
+    let transports: BTreeSet<_> =
+        config.tor.bridges().iter().filter_map(|bridge| bridge.transport().program()).collect();
+    for program in transports {
+        // Tor would only say that it can't start it, and wait for the bridges.
+        if !Path::new(&packed(program)).exists() {
+            return Err(Error::Wrong(format!("the image has no {program}, which the bridges need")));
+        }
+        unpack(program, channel)?;
+    }
     let mut torrc = torrc::render(config, STATE);
     // Tor's own guess is never below 256 MB, more than the machine may have.
     torrc.push_str(&format!("MaxMemInQueues {} MB\n", queues(memory_mib())));
@@ -51,9 +62,7 @@ pub(crate) fn start(config: &GuestConfig, channel: &mut Channel) -> Result<Tor, 
         .during(format!("close {TORRC} for others"))?;
     fs::write(HOSTS, hosts(config)).during(format!("write {HOSTS}"))?;
     if torrc.contains(GEOIP) {
-        // In the image it is packed: few need it, and it would lie in memory.
-        let packed = format!("{GEOIP}.xz");
-        program::run(XZ, &["-d", &packed], "", || channel.send(&Status::Alive))?.successful(XZ)?;
+        unpack(GEOIP, channel)?;
     }
     let mut child = Command::new(TOR)
         .args(["-f", TORRC, "--defaults-torrc", "/nonexistent", "--ignore-missing-torrc"])
@@ -76,6 +85,15 @@ pub(crate) fn start(config: &GuestConfig, channel: &mut Channel) -> Result<Tor, 
     }
     let pidfd = pidfd_open(pid, PidfdFlags::empty()).during("watch Tor")?;
     Ok(Tor { pid, pidfd, stdout, lines: Lines::new(LONGEST), complaint: None })
+}
+
+/// What few need is packed in the image: it would lie in memory.
+fn packed(path: &str) -> String {
+    format!("{path}.xz")
+}
+
+fn unpack(path: &str, channel: &mut Channel) -> Result<(), Error> {
+    program::run(XZ, &["-d", &packed(path)], "", || channel.send(&Status::Alive))?.successful(XZ)
 }
 
 /// The names that transports may look up.

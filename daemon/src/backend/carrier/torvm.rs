@@ -161,7 +161,7 @@ impl Carrier {
         self.accelerator = (accelerator_name(accelerator), why);
         self.guest = Some(Guest::new(vm, password.clone(), way(request), self.bootstrap.clone()));
         self.tor.set(Some(password));
-        self.carry(link).await
+        self.carry(link, spec(request)?.tor.udp()).await
     }
 
     /// Leaves the virtual machine to a later daemon. Without that it ends with this one.
@@ -208,8 +208,8 @@ impl Carrier {
         true
     }
 
-    /// Starts the packet engine on the virtual machine's way out.
-    async fn carry(&mut self, fd: OwnedFd) -> Result<(), Failure> {
+    /// Starts the packet engine on the virtual machine's way out, with or without the guest's UDP.
+    async fn carry(&mut self, fd: OwnedFd, udp: bool) -> Result<(), Failure> {
         let connector = self.connector()?;
         let (sender, events) = mpsc::channel(EVENTS);
         let limits = Limits { flows: FLOWS, pending: FLOWS / 4, memory: MEMORY.min(self.limits.memory), ..self.limits };
@@ -219,7 +219,7 @@ impl Carrier {
             gateway: link::UPLINK_GATEWAY,
             guest_mac: link::UPLINK_GUEST_MAC,
             gateway_mac: link::UPLINK_GATEWAY_MAC,
-            udp: false,
+            udp,
         };
         let engine = Engine::start_link(fd, guest, config, sender)
             .map_err(|error| Failure::from_error(ReasonCode::EngineFailed, &error))?;
@@ -329,6 +329,7 @@ fn way(request: &Request) -> hint::Way {
     let torvm = request.profile.torvm.as_ref();
     hint::Way {
         bridges: torvm.is_some_and(|torvm| !torvm.tor.bridges().is_empty()),
+        snowflake: torvm.is_some_and(|torvm| torvm.tor.udp()),
         proxy: request.profile.upstream.scheme != Scheme::Direct || torvm.is_some_and(|torvm| torvm.proxy.is_some()),
     }
 }

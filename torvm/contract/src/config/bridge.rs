@@ -7,20 +7,21 @@ use std::str::FromStr;
 use serde::{Deserialize, Serialize};
 
 use super::network::words;
-use super::{Fingerprint, Rejected};
+use super::{Fingerprint, OBFS4PROXY, Rejected, SNOWFLAKE_CLIENT};
 
-/// Where meek's front is contacted: its URL is `https` without a port.
-pub const MEEK_PORT: u16 = 443;
+/// Where a front is contacted: its URL is `https` without a port.
+pub const FRONT_PORT: u16 = 443;
 /// Bytes of all arguments of a bridge: they travel to the transport as user and password of SOCKS 5 (pt-spec, section 3.5).
 const MAX_ARGUMENTS: usize = 510;
 /// What one may write for each transport, beside addresses.
 const OBFS4: &[&str] = &["cert", "iat-mode"];
 const MEEK: &[&str] = &["url", "front", "utls"];
+const SNOWFLAKE: &[&str] = &["fingerprint", "url", FRONT, "fronts", "ice", "max", "utls-imitate", "utls-nosni"];
+const FRONT: &str = "front";
+/// Most fronts of a line, and most STUN servers.
+const MAX_SERVERS: usize = 16;
 /// Fronts of meek that do not answer any more: Azure closed domain fronting.
 const GONE: &[&str] = &["ajax.aspnetcdn.com", "meek.azureedge.net", "az786092.vo.msecnd.net", "az668014.vo.msecnd.net"];
-
-const SNOWFLAKE: &str =
-    "snowflake needs UDP (WebRTC), which the VM's way out does not carry; use obfs4 or meek bridges";
 
 /// How a bridge is reached.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -33,6 +34,8 @@ pub enum Transport {
     Obfs4,
     /// meek: looks like a visit of a large web site, its front.
     Meek,
+    /// snowflake: looks like a video call (WebRTC) with a volunteer, whom a broker behind a front names.
+    Snowflake,
 }
 
 /// `[transport] IP:PORT [fingerprint] [key=value…]`.
@@ -44,12 +47,14 @@ pub struct Bridge {
     fingerprint: Option<Fingerprint>,
     /// In the order in which they were given.
     arguments: Vec<(&'static str, String)>,
-    /// meek's front.
+    /// The front.
     name: Option<HostName>,
+    /// Names of STUN servers.
+    stun: Vec<HostName>,
 }
 
 /// A DNS name, kept in lower case; no address.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub struct HostName(String);
 
@@ -71,6 +76,17 @@ impl Transport {
             Self::None => None,
             Self::Obfs4 => Some("obfs4"),
             Self::Meek => Some("meek_lite"),
+            Self::Snowflake => Some("snowflake"),
+        }
+    }
+
+    /// The guest's program for it, if it needs one.
+    #[must_use]
+    pub const fn program(self) -> Option<&'static str> {
+        match self {
+            Self::None => None,
+            Self::Obfs4 | Self::Meek => Some(OBFS4PROXY),
+            Self::Snowflake => Some(SNOWFLAKE_CLIENT),
         }
     }
 
@@ -81,6 +97,7 @@ impl Transport {
             Self::None => "none",
             Self::Obfs4 => "obfs4",
             Self::Meek => "meek",
+            Self::Snowflake => "snowflake",
         }
     }
 }
@@ -94,8 +111,8 @@ impl FromStr for Transport {
             "obfs4" => Ok(Self::Obfs4),
             // meek-azure: the forerunner's word; what a bridge's front is stands in its line.
             "meek" | "meek_lite" | "meek-azure" => Ok(Self::Meek),
-            "snowflake" => Err(Rejected(SNOWFLAKE.to_owned())),
-            _ => Err(Rejected::quoting(text, "is no transport; use none, obfs4 or meek")),
+            "snowflake" => Ok(Self::Snowflake),
+            _ => Err(Rejected::quoting(text, "is no transport; use none, obfs4, meek or snowflake")),
         }
     }
 }
@@ -107,16 +124,22 @@ impl Bridge {
         self.transport
     }
 
-    /// Its address. For meek only a label: what is contacted is [`name`](Self::name).
+    /// Its address. For meek and snowflake only a label: what is contacted is [`name`](Self::name).
     #[must_use]
     pub const fn address(&self) -> SocketAddr {
         self.address
     }
 
-    /// The name that is contacted instead of the address, at [`MEEK_PORT`].
+    /// The name that is contacted instead of the address, at [`FRONT_PORT`].
     #[must_use]
     pub const fn name(&self) -> Option<&HostName> {
         self.name.as_ref()
+    }
+
+    /// Names of servers that are asked by UDP which address others see (RFC 8489). One that has no address can be done without.
+    #[must_use]
+    pub fn stun(&self) -> &[HostName] {
+        &self.stun
     }
 
     /// What people should know about it.
@@ -137,11 +160,10 @@ impl FromStr for Bridge {
         // An address begins with a digit or a bracket, a transport with a letter.
         let transport = match words.next_if(|word| word.starts_with(|c: char| c.is_ascii_alphabetic())) {
             None => Transport::None,
-            Some("snowflake") => return Err(Rejected(SNOWFLAKE.to_owned())),
-            Some(word) => *[Transport::Obfs4, Transport::Meek]
+            Some(word) => *[Transport::Obfs4, Transport::Meek, Transport::Snowflake]
                 .iter()
                 .find(|transport| transport.plugin() == Some(word))
-                .ok_or_else(|| wrong("it begins with neither an address, obfs4 nor meek_lite".to_owned()))?,
+                .ok_or_else(|| wrong("it begins with neither an address, obfs4, meek_lite nor snowflake".to_owned()))?,
         };
         let address = words.next().and_then(|word| word.parse().ok()).filter(usable);
         let address = address
@@ -151,6 +173,7 @@ impl FromStr for Bridge {
             Transport::None => &[],
             Transport::Obfs4 => OBFS4,
             Transport::Meek => MEEK,
+            Transport::Snowflake => SNOWFLAKE,
         };
         let mut arguments: Vec<(&str, String)> = Vec::new();
         for word in words {
@@ -158,11 +181,16 @@ impl FromStr for Bridge {
             let Some(&key) = keys.iter().find(|&&known| known == key) else {
                 return Err(wrong(format!("{key}= is not known for transport {}", transport.as_str())));
             };
-            if arguments.iter().any(|(known, _)| *known == key) {
-                return Err(wrong(format!("{key}= stands in it twice")));
-            }
             if !argument(key, value) {
                 return Err(wrong(format!("the value of {key}= is not allowed")));
+            }
+            // Clients before 2.6 know one front only, and later ones still understand that.
+            let (key, value) = match key {
+                "fronts" => (FRONT, value.split(',').next().unwrap_or_default()),
+                _ => (key, value),
+            };
+            if arguments.iter().any(|(known, _)| *known == key) {
+                return Err(wrong(format!("{key}= stands in it twice")));
             }
             arguments.push((key, value.to_owned()));
         }
@@ -171,15 +199,21 @@ impl FromStr for Bridge {
         }
         let get = |key| arguments.iter().find(|(known, _)| *known == key).map(|(_, value)| value.as_str());
         let missing = |key: &str| wrong(format!("{key}= is missing"));
-        let name = match transport {
-            Transport::None => None,
-            Transport::Obfs4 => get("cert").map(|_| None).ok_or_else(|| missing("cert"))?,
-            Transport::Meek => {
+        let (mut name, mut stun) = (None, Vec::new());
+        match transport {
+            Transport::None => {}
+            Transport::Obfs4 => _ = get("cert").ok_or_else(|| missing("cert"))?,
+            Transport::Meek | Transport::Snowflake => {
                 let url = get("url").ok_or_else(|| missing("url"))?;
-                Some(get("front").map_or_else(|| front_of(url), |front| front.parse())?)
+                name = Some(get(FRONT).map_or_else(|| front_of(url), |front| front.parse())?);
             }
-        };
-        Ok(Self { transport, address, fingerprint, arguments, name })
+        }
+        if transport == Transport::Snowflake {
+            // Without one the client makes no offer to a volunteer.
+            let servers = get("ice").and_then(ice).ok_or_else(|| missing("ice"))?;
+            stun.extend(servers.into_iter().flatten());
+        }
+        Ok(Self { transport, address, fingerprint, arguments, name, stun })
     }
 }
 
@@ -201,10 +235,33 @@ fn argument(key: &str, value: &str) -> bool {
         "cert" => of(128, b"+/="),
         "iat-mode" => matches!(value, "0" | "1" | "2"),
         "url" => of(256, b"-._~:/%") && front_of(value).is_ok(),
-        "front" => value.parse::<HostName>().is_ok(),
-        "utls" => of(64, b"_"),
+        FRONT => value.parse::<HostName>().is_ok(),
+        "fronts" => servers(value, |front| front.parse::<HostName>().ok()).is_some(),
+        "ice" => ice(value).is_some(),
+        "utls" | "utls-imitate" => of(64, b"_"),
+        "utls-nosni" => matches!(value, "true" | "yes" | "false" | "no"),
+        "max" => matches!(value.as_bytes(), [b'1'..=b'9']),
+        "fingerprint" => value.len() == 40 && value.bytes().all(|byte| byte.is_ascii_hexdigit()),
         _ => false,
     }
+}
+
+/// A list with commas, each entry through `read`; None when one of them is wrong or there are too many.
+fn servers<T>(value: &str, read: impl Fn(&str) -> Option<T>) -> Option<Vec<T>> {
+    (value.split(',').count() <= MAX_SERVERS).then(|| value.split(',').map(read).collect())?
+}
+
+/// `stun:HOST[:PORT]` (RFC 7064), more of them with commas: their names, None for one that has an IPv4 address instead.
+fn ice(value: &str) -> Option<Vec<Option<HostName>>> {
+    servers(value, |server| {
+        let server = server.strip_prefix("stun:")?;
+        let (host, port) = server.split_once(':').unwrap_or((server, "3478"));
+        let port = port.parse().ok().filter(|_| port.bytes().all(|byte| byte.is_ascii_digit()))?;
+        match host.parse() {
+            Ok(address) => usable(&SocketAddr::new(IpAddr::V4(address), port)).then_some(None),
+            Err(_) => host.parse().ok().filter(|_| port != 0).map(Some),
+        }
+    })
 }
 
 /// The host of `https://HOST[/PATH]`.

@@ -50,11 +50,13 @@ pub const MAX_CONFIG: usize = 64 * 1024;
 /// The pluggable transports obfs4 and meek_lite in the guest, only in the image's initramfs with transports (`ClientTransportPlugin … exec`).
 /// Tor cannot start it under `Sandbox 1`, and has that without transports only.
 pub const OBFS4PROXY: &str = "/usr/bin/obfs4proxy";
+/// As [`OBFS4PROXY`], for snowflake. It logs nothing unless it is told to, and keeps addresses out of what it tells Tor.
+pub const SNOWFLAKE_CLIENT: &str = "/usr/bin/snowflake-client";
 /// Most bridges.
 pub const MAX_BRIDGES: usize = 16;
 /// Most entries of each list of nodes.
 pub const MAX_NODES: usize = 64;
-/// Most names with an address: every bridge has at most one.
+/// Most names with an address: every bridge has at most one front; for STUN servers there is the rest.
 pub const MAX_HOSTS: usize = 64;
 
 /// See the module.
@@ -103,7 +105,7 @@ pub enum Entry {
     Any,
     /// At one of these (`EntryNodes`).
     Nodes(List<Node, MAX_NODES>),
-    /// At one of these bridges; nothing else is contacted. An empty list makes Tor stop at its start.
+    /// At one of these bridges; nothing else is contacted, but for what [`TorSettings::udp`] says. An empty list makes Tor stop at its start.
     Bridges(List<Bridge, MAX_BRIDGES>),
 }
 
@@ -163,8 +165,8 @@ impl GuestConfig {
         Ok(bytes)
     }
 
-    /// All that Tor contacts, where that is known: the proxy, or else the bridges. `None`: any relay. A bridge whose name has no address
-    /// in `hosts` contributes nothing.
+    /// All that Tor contacts by TCP, where that is known: the proxy, or else the bridges. `None`: any relay. A bridge whose name has no
+    /// address in `hosts` contributes nothing.
     #[must_use]
     pub fn contacts(&self) -> Option<Vec<SocketAddr>> {
         if let Some(proxy) = &self.proxy {
@@ -174,7 +176,7 @@ impl GuestConfig {
         let addresses = |bridge: &Bridge| -> Vec<SocketAddr> {
             let Some(name) = bridge.name() else { return vec![bridge.address()] };
             let known = self.hosts.iter().filter(|host| host.name == *name);
-            known.map(|host| SocketAddr::from((host.address, bridge::MEEK_PORT))).collect()
+            known.map(|host| SocketAddr::from((host.address, bridge::FRONT_PORT))).collect()
         };
         Some(bridges.iter().flat_map(addresses).collect())
     }
@@ -184,6 +186,17 @@ impl TorSettings {
     /// Names that the host must look up and give as [`GuestConfig::hosts`].
     pub fn names(&self) -> impl Iterator<Item = &HostName> {
         self.bridges().iter().filter_map(Bridge::name)
+    }
+
+    /// Names that the host should look up too: without some of them Tor gets on.
+    pub fn stun(&self) -> impl Iterator<Item = &HostName> {
+        self.bridges().iter().flat_map(Bridge::stun)
+    }
+
+    /// Whether Tor also contacts addresses by UDP that nobody knows before: snowflake's volunteers, and STUN servers.
+    #[must_use]
+    pub fn udp(&self) -> bool {
+        self.bridges().iter().any(|bridge| bridge.transport() == Transport::Snowflake)
     }
 
     /// The bridges, if any.
@@ -207,6 +220,13 @@ impl TorSettings {
             ));
         }
         notes.extend(self.bridges().iter().filter_map(Bridge::note));
+        if self.udp() {
+            notes.push(
+                "snowflake contacts volunteers and STUN servers by UDP, wherever they are: your network sees that, and they \
+                 see your address, though not what you visit"
+                    .to_owned(),
+            );
+        }
         if self.network.is_some() {
             notes.push(
                 "This is not the public Tor network: who runs its authorities decides how anonymous you are".to_owned(),

@@ -20,7 +20,7 @@ fn table<T: FromStr<Err = Rejected> + Debug>(rows: &[(&str, Option<&str>)]) {
 
 #[test]
 fn bridges() {
-    let word = Some("neither an address, obfs4 nor meek_lite");
+    let word = Some("neither an address, obfs4, meek_lite nor snowflake");
     let address = Some("needs the bridge's address");
     table::<Bridge>(&[
         ("192.0.2.1:443", None),
@@ -34,7 +34,6 @@ fn bridges() {
         ("bridge.example:443", word),
         ("webtunnel 192.0.2.1:443 url=https://x/y", word),
         ("none 192.0.2.1:443", word),
-        ("snowflake 192.0.2.3:80 fingerprint=2B280B23E1107BB62ABFC40DDCC8824814F80A72", Some("needs UDP")),
         ("", address),
         ("192.0.2.1", address),
         ("192.0.2.1:0", address),
@@ -64,6 +63,87 @@ fn bridges() {
     ]);
     let long = format!("obfs4 192.0.2.1:443 cert={}", "a".repeat(129));
     table::<Bridge>(&[(&long, Some("value of cert=")), (&"x ".repeat(600), Some("too long"))]);
+}
+
+/// As Tor Browser has them.
+const SNOWFLAKE: &str = "snowflake 192.0.2.3:80 2B280B23E1107BB62ABFC40DDCC8824814F80A72 \
+    fingerprint=2B280B23E1107BB62ABFC40DDCC8824814F80A72 url=https://1098762253.rsc.cdn77.org/ \
+    fronts=app.datapacket.com,www.datapacket.com \
+    ice=stun:stun.antisip.com:3478,stun:stun.epygi.com:3478,stun:stun.nextcloud.com:443,stun:192.0.2.9:3478,stun:stun.uls.co.za \
+    utls-imitate=hellorandomizedalpn";
+
+#[test]
+fn snowflake() {
+    let bridge: Bridge = SNOWFLAKE.parse().unwrap();
+    assert_eq!((bridge.transport(), bridge.name().unwrap().as_ref()), (Transport::Snowflake, "app.datapacket.com"));
+    let names: Vec<_> = bridge.stun().iter().map(AsRef::as_ref).collect();
+    assert_eq!(names, ["stun.antisip.com", "stun.epygi.com", "stun.nextcloud.com", "stun.uls.co.za"]);
+    // What a client of 2022 understands.
+    let says = bridge.to_string();
+    assert_eq!(says, SNOWFLAKE.replace("fronts=app.datapacket.com,www.datapacket.com", "front=app.datapacket.com"));
+    let url: Bridge = SNOWFLAKE.replace("fronts=app.datapacket.com,www.datapacket.com", "max=2").parse().unwrap();
+    assert_eq!(url.name().unwrap().as_ref(), "1098762253.rsc.cdn77.org", "without a front the broker itself");
+
+    let line = |more: &str| format!("snowflake 192.0.2.3:80 url=https://a.example/ ice=stun:b.example:3478 {more}");
+    let is = |text: &str, says| table::<Bridge>(&[(text, says)]);
+    for good in [
+        "",
+        "max=9",
+        "utls-nosni=yes",
+        "front=c.example",
+        "fronts=c.example",
+        "fingerprint=0123456789abcdef0123456789abcdef01234567",
+    ] {
+        is(&line(good), None);
+    }
+    for (bad, says) in [
+        ("max=0", "value of max="),
+        ("max=10", "value of max="),
+        ("max=1;x", "value of max="),
+        ("utls-nosni=1", "value of utls-nosni="),
+        ("utls-imitate=a-b", "value of utls-imitate="),
+        ("front=", "value of front="),
+        ("front=192.0.2.1", "value of front="),
+        ("fronts=a.example,", "value of fronts="),
+        ("fronts=a.example;b=c", "value of fronts="),
+        ("fronts=a.example front=b.example", "front= stands in it twice"),
+        ("fingerprint=0123", "value of fingerprint="),
+        ("fingerprint=$0123456789abcdef0123456789abcdef01234567", "value of fingerprint="),
+        ("ampcache=https://a.example/", "ampcache= is not known"),
+        ("log=/state/x", "log= is not known"),
+        ("unsafe-logging=true", "unsafe-logging= is not known"),
+        ("keep-local-addresses=true", "keep-local-addresses= is not known"),
+        ("cert=a", "cert= is not known"),
+        ("url=https://c.example/", "url= stands in it twice"),
+    ] {
+        is(&line(bad), Some(says));
+    }
+    for bad in [
+        "b.example:3478",
+        "stun:",
+        "stun:b.example:0",
+        "stun:b.example:+1",
+        "stun:b.example:65536",
+        "stun:b.example:1:2",
+        "stun:a_,",
+        "turn:b.example:3478",
+        "stun://b.example",
+        "stun:[2001:db8::1]:3478",
+        "stun:127.0.0.1:9050",
+        "stun:0.0.0.0:1",
+        "stun:224.0.0.251:5353",
+        "stun:b.example:3478?transport=tcp",
+        "stun:b.example,",
+    ] {
+        is(&line("").replace("stun:b.example:3478", bad), Some("value of ice="));
+    }
+    is(&line("").replace("https://", "http://"), Some("value of url="));
+    is(&line("").replace("url=https://a.example/ ", ""), Some("url= is missing"));
+    is(&line("").replace("ice=stun:b.example:3478", ""), Some("ice= is missing"));
+    is(&line("").replace("snowflake", "meek_lite"), Some("ice= is not known"));
+    let servers = |count: usize| line("").replace("stun:b.example:3478", &vec!["stun:b.example"; count].join(","));
+    is(&servers(16), None);
+    is(&servers(17), Some("value of ice="));
 }
 
 #[test]
@@ -123,10 +203,11 @@ fn transports_and_their_explanations() {
         ("obfs4", Transport::Obfs4),
         ("meek", Transport::Meek),
         ("meek-azure", Transport::Meek),
+        ("snowflake", Transport::Snowflake),
     ] {
         assert_eq!(word.parse(), Ok(is));
     }
-    table::<Transport>(&[("snowflake", Some("UDP")), ("tor", Some("use none, obfs4 or meek"))]);
+    table::<Transport>(&[("Snowflake", Some("is no transport")), ("tor", Some("use none, obfs4, meek or snowflake"))]);
     let azure = "meek_lite 0.0.2.0:2 url=https://meek.azureedge.net/ front=ajax.aspnetcdn.com";
     let note = azure.parse::<Bridge>().unwrap().note().unwrap();
     assert!(note.contains("ajax.aspnetcdn.com is gone"), "{note}");
@@ -167,9 +248,29 @@ fn what_is_contacted_is_the_proxy_or_else_the_bridges() {
     config.hosts = vec![host("203.0.113.1"), host("203.0.113.2")].try_into().unwrap();
     let fronts = ["203.0.113.1:443".parse().unwrap(), "203.0.113.2:443".parse().unwrap()];
     assert_eq!(config.contacts(), Some([known, fronts].concat()));
+    assert!(!config.tor.udp());
     config.proxy =
         Some(Proxy { kind: proxy::Kind::Socks5, address: "198.51.100.1:1080".parse().unwrap(), login: None });
     assert_eq!(config.contacts(), Some(vec!["198.51.100.1:1080".parse().unwrap()]));
+}
+
+#[test]
+fn snowflake_contacts_its_front_and_whom_nobody_knows_before() {
+    let mut config = config(bridges_of(&["obfs4 192.0.2.1:443 cert=a", SNOWFLAKE]));
+    assert!(config.tor.udp());
+    let host = |name: &str, address| Host { name: name.parse().unwrap(), address };
+    let hosts =
+        vec![host("app.datapacket.com", [203, 0, 113, 1].into()), host("stun.epygi.com", [203, 0, 113, 2].into())];
+    config.hosts = hosts.try_into().unwrap();
+    let tcp = ["192.0.2.1:443", "203.0.113.1:443"].map(|address| address.parse().unwrap());
+    assert_eq!(config.contacts(), Some(tcp.to_vec()), "STUN is no TCP");
+    assert_eq!(config.tor.names().count(), 1);
+    assert_eq!(config.tor.stun().count(), 4);
+    assert!(config.tor.notes()[0].contains("by UDP"), "{:?}", config.tor.notes());
+    for others in [&["obfs4 192.0.2.1:443 cert=a", "192.0.2.1:443"][..], &[]] {
+        assert!(!TorSettings { entry: bridges_of(others), ..TorSettings::default() }.udp());
+    }
+    assert!(!TorSettings::default().udp());
 }
 
 #[test]
@@ -202,7 +303,11 @@ fn the_guest_reads_what_the_host_wrote_and_nothing_else() {
 
 #[test]
 fn lists_have_a_bound_and_all_of_them_together_fit() {
-    let bridge = format!("obfs4 192.0.2.1:443 {FP} cert={}", "a".repeat(128));
+    let bridge = format!(
+        "snowflake 192.0.2.1:443 {FP} url=https://{}/ ice={}",
+        "a.".repeat(123) + "b",
+        vec!["stun:192.0.2.1"; 16].join(",")
+    );
     let many: Vec<Bridge> = vec![bridge.parse().unwrap(); MAX_BRIDGES];
     assert!(List::<Bridge, MAX_BRIDGES>::try_from([many.clone(), many.clone()].concat()).is_err());
     let nodes: List<Node, MAX_NODES> = vec![FP.parse().unwrap(); MAX_NODES].try_into().unwrap();
