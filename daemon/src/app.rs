@@ -75,7 +75,8 @@ pub struct Args {
     /// For proxyvpn-lock.service: put the lock in force, leave it with systemd, and exit
     #[arg(long, conflicts_with_all = ["cleanup", "keep_block"])]
     lock: bool,
-    /// When told to end, leave the network blocked for what comes after: a restart, or --cleanup --stop-post
+    /// When told to end, leave the network blocked for what comes after: a restart, or --cleanup --stop-post; not if systemd stops the
+    /// service
     #[arg(long, conflicts_with = "cleanup")]
     keep_block: bool,
 }
@@ -281,16 +282,14 @@ async fn serve(args: &Args) -> Result<(), Fatal> {
     let world = Carrier::new(paths, settings.queues, settings.limits(), bus, keeping, vm);
 
     let (stop, shutdown) = watch::channel(false);
-    let mut left = shutdown.clone();
-    tokio::spawn(stop_on_signal(stop));
+    let (leave, mut left) = watch::channel(false);
+    tokio::spawn(stop_on_signal(stop, leave, args.keep_block));
     systemd::notify(&[NotifyState::Ready]);
     tokio::spawn(systemd::watchdog());
     tracing::info!(version = env!("CARGO_PKG_VERSION"), "ready");
     let lockdown = LockdownFiles::new(&args.state_dir);
     tokio::select! {
-        biased;
-        // Before the machine, which would give the network back.
-        _ = left.wait_for(|stop| *stop), if args.keep_block => {}
+        Ok(_) = left.wait_for(|leave| *leave) => {}
         () = machine.run(world, lockdown, shutdown) => {}
         () = follow_files(args, &service) => {}
         // Nothing is taken down: what is in force blocks until the next daemon goes on.
@@ -359,7 +358,8 @@ fn autoconnect(store: &ProfileStore) -> Option<Request> {
     wanted.into_iter().next().map(|profile| Request { profile, password: None })
 }
 
-async fn stop_on_signal(stop: watch::Sender<bool>) {
+/// `stop` gives the network back, and has a virtual machine power off; `leave` leaves all as it is for what comes after.
+async fn stop_on_signal(stop: watch::Sender<bool>, leave: watch::Sender<bool>, keep_block: bool) {
     let signals = (signal(SignalKind::terminate()), signal(SignalKind::interrupt()));
     let (Ok(mut terminate), Ok(mut interrupt)) = signals else {
         tracing::error!("signals cannot be caught; a kill will leave the network blocked");
@@ -370,8 +370,9 @@ async fn stop_on_signal(stop: watch::Sender<bool>) {
         _ = interrupt.recv() => {}
     }
     tracing::info!("told to end");
-    let _ = stop.send(true);
-    stop.closed().await;
+    let told = if keep_block && !systemd::is_stopped().await { leave } else { stop };
+    let _ = told.send(true);
+    told.closed().await;
 }
 
 /// The pid file; its lock says that the daemon runs, whatever its text says.

@@ -31,7 +31,13 @@ pub(crate) fn notify(state: &[NotifyState]) {
 pub(crate) async fn stopped_for_good() -> bool {
     // systemd.exec(5). A start has no time limit in our unit, so `timeout` can only be that of a stop.
     let deliberate = matches!(std::env::var("SERVICE_RESULT").as_deref(), Ok("success" | "timeout"));
-    deliberate && !restarts().await
+    deliberate && job().await.as_deref() != Some("restart")
+}
+
+/// For the daemon that is told to end: whether the service is stopped. What cannot be found out counts as no: whoever comes after
+/// finds all as it was, and decides.
+pub(crate) async fn is_stopped() -> bool {
+    sd_notify::booted().unwrap_or(false) && job().await.as_deref() == Some("stop")
 }
 
 /// Whether somebody keeps descriptors for this service. systemd drops what is over its limit, which is 0 by default, without a
@@ -59,14 +65,15 @@ async fn store_size() -> zbus::Result<u32> {
     property(&bus, &unit, "org.freedesktop.systemd1.Service", "FileDescriptorStoreMax").await?.try_into()
 }
 
-async fn restarts() -> bool {
+/// What systemd does with the service now, if it can be found out.
+async fn job() -> Option<String> {
     match tokio::time::timeout(TIMEOUT, job_type()).await {
-        Ok(Ok(kind)) => kind == "restart",
+        Ok(Ok(kind)) => Some(kind),
         Ok(Err(error)) => {
             eprintln!("proxyvpnd: systemd does not say whether this is a restart: {error}");
-            false
+            None
         }
-        Err(_) => false,
+        Err(_) => None,
     }
 }
 
