@@ -4,8 +4,22 @@ use std::process::Stdio;
 use std::time::Duration;
 
 use tokio::io::AsyncWriteExt as _;
+use tokio::process::{Child, Command};
 
 use crate::fake::{Daemon, Step, TestBus, finish};
+
+/// Runs proxyctl on a terminal of its own, as a shell does with `line` behind its name.
+fn on_terminal(bus: &TestBus, line: &str, input: Stdio) -> Child {
+    Command::new("script")
+        .args(["-qec", &format!("{} {line}", env!("CARGO_BIN_EXE_proxyctl")), "/dev/null"])
+        .env("DBUS_SYSTEM_BUS_ADDRESS", &bus.address)
+        .env("TERM", "xterm")
+        .stdin(input)
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap()
+}
 
 #[tokio::test]
 async fn progress_is_one_line_that_is_taken_away() {
@@ -20,15 +34,7 @@ async fn progress_is_one_line_that_is_taken_away() {
         ],
     )
     .await;
-    let mut command = tokio::process::Command::new("script");
-    command
-        .args(["-qec", &format!("{} connect office", env!("CARGO_BIN_EXE_proxyctl")), "/dev/null"])
-        .env("DBUS_SYSTEM_BUS_ADDRESS", &bus.address)
-        .env("TERM", "xterm")
-        .stdin(Stdio::null())
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped());
-    let ran = finish(command.spawn().unwrap()).await;
+    let ran = finish(on_terminal(&bus, "connect office", Stdio::null())).await;
     assert_eq!(ran.code, 0, "{ran:?}");
     assert!(ran.out.contains("\rconnecting: create-tun 40%  0 s\x1b[K"), "{ran:?}");
     assert!(ran.out.contains("\r\x1b[Kconnected, profile office"), "{ran:?}");
@@ -46,15 +52,7 @@ async fn tor_has_a_bar_and_its_warning_a_line_of_its_own() {
         Step::State("connected", "", "", ""),
     ];
     let _daemon = Daemon::stepping(&bus, &steps).await;
-    let mut command = tokio::process::Command::new("script");
-    command
-        .args(["-qec", &format!("{} connect office", env!("CARGO_BIN_EXE_proxyctl")), "/dev/null"])
-        .env("DBUS_SYSTEM_BUS_ADDRESS", &bus.address)
-        .env("TERM", "xterm")
-        .stdin(Stdio::null())
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped());
-    let ran = finish(command.spawn().unwrap()).await;
+    let ran = finish(on_terminal(&bus, "connect office", Stdio::null())).await;
     assert_eq!(ran.code, 0, "{ran:?}");
     assert!(ran.out.contains("\rTor [#########-----------] 45%  Loading relay descriptors  0 s\x1b[K"), "{ran:?}");
     let warning = "\r\x1b[Kproxyctl: warning: Tor is held up: No route (TIMEOUT). Is there a network?\r\n\rTor [###";
@@ -66,15 +64,7 @@ async fn a_password_is_asked_for_without_echo() {
     let bus = TestBus::start();
     let daemon =
         Daemon::stepping(&bus, &[Step::State("connecting", "", "", ""), Step::State("connected", "", "", "")]).await;
-    let mut command = tokio::process::Command::new("script");
-    let line = format!("{} connect office --password -; stty -a", env!("CARGO_BIN_EXE_proxyctl"));
-    command
-        .args(["-qec", &line, "/dev/null"])
-        .env("DBUS_SYSTEM_BUS_ADDRESS", &bus.address)
-        .stdin(Stdio::piped())
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped());
-    let mut child = command.spawn().unwrap();
+    let mut child = on_terminal(&bus, "connect office --password -; stty -a", Stdio::piped());
     let mut stdin = child.stdin.take().unwrap();
     // Typed when it has been asked: the question throws away what came before.
     tokio::time::sleep(Duration::from_millis(1500)).await;
