@@ -1,4 +1,4 @@
-"""Pluggable transports that meet more than the bridge: meek and snowflake, against servers of the lab (front.py, snowflake/main.go)."""
+"""Pluggable transports that contact others than the bridge: meek and snowflake, against servers of the lab (front.py, snowflake/main.go)."""
 
 import contextlib
 import hashlib
@@ -7,9 +7,10 @@ import re
 import subprocess
 import tempfile
 
-from image import altered, content
+from faults import STREAM
+from image import BUSYBOX, altered, content
 from lab import APP4, DNS, PYTHON, Skipped, expect, test, until
-from torlab import OWN, PROFILE, native, profile
+from torlab import HOST, NEIGHBOUR, OWN, PROFILE, PUBLIC_NEIGHBOUR, native, profile
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 FRONT, STUN, VOLUNTEER = "17.0.0.1", "18.0.0.1", "19.0.0.1"
@@ -107,6 +108,7 @@ def meek_line(lab):
 
 
 LOOKUPS = f"src host {APP4} and dst host {DNS} and udp dst port 53"
+WEBRTC = f"src host {APP4} and udp and ((dst host {STUN} and dst port 3478) or dst host {VOLUNTEER})"
 FRONTED = f"src host {APP4} and tcp and dst host {FRONT} and dst port 443"
 # WebRTC tries every address that its machine has; when the client has ended, the kernel says so to the volunteer.
 NATIVE = f"(src host {APP4} or src host {OWN}) and ((dst host {STUN} and udp dst port 3478) or (dst host {VOLUNTEER} and (udp or icmp)))"
@@ -172,3 +174,82 @@ def not_trusted(lab):
             lab.check_state("connecting")
             lab.disconnect()
         expect("POST" not in said(), f"a request for all that: {said()}")
+
+
+@test("Tor by snowflake: a page by its name; when the volunteer is killed another one takes over, and the machine stays closed meanwhile. The wire"
+      " carries TCP to the front, UDP to the STUN server and the volunteer, the look-ups of their names, nothing else", seconds=240, daemon=None)
+def snowflakes(lab):
+    def page(seconds):
+        return "hello from" in lab.fetch("http://web.lab.test/", timeout=seconds, check=False).stdout
+
+    bridge = {"transport": "snowflake", "bridges": [snowflake_line(lab)]}
+    with snowflake(lab) as first, profile(lab, **bridge), trusting(lab), wire(lab, FRONTED, WEBRTC, names=NAMES):
+        lab.connect_tor()
+        lab.fetch_by_exit("http://web.lab.test/")
+        expect(lab.packets(f"{WEBRTC} and dst host {VOLUNTEER}"), "Tor got there without a volunteer")
+        with lab.background("app", None, PYTHON, "-c", STREAM, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL), log_of(lab, "snowflake") as log:
+            first.kill()
+            first.wait()
+            expect(not page(3), "a page without any volunteer")
+            with volunteer(lab, log):
+                until(90, lambda: page(10), "no other volunteer takes over")
+                lab.fetch_by_exit("http://web.lab.test/")
+        lab.check_state("connected")
+        lab.disconnect()
+
+
+# Tor's place in the guest, whose firewall is gone: UDP to anybody.
+SENDER = """#!/usr/bin/busybox sh
+B=/usr/bin/busybox
+for target in TARGETS; do $B timeout 2 $B tftp -g -l /dev/null -r x ${target%:*} ${target#*:} >/dev/null 2>&1 & done
+wait
+echo "Jan 01 00:00:00.000 [notice] drill over"
+exec $B sleep 1000
+"""
+OPEN = "#!/usr/bin/busybox sh\nexec /usr/bin/busybox cat >/dev/null\n"
+LISTENER = """
+import socket
+one = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+one.bind(("", 9999))
+while True:
+    print(one.recvfrom(2048)[1], flush=True)
+"""
+
+
+def udp_of_guest(lab, part, **keys):
+    """What is on the wire of the UDP of a guest that turned against the machine, and whom the machine heard."""
+    targets = [
+        f"{STUN}:3478", f"{HOST}:9999", f"{APP4}:9999", f"{OWN}:9999", "10.10.11.1:9999", "127.0.0.1:9999",
+        f"{NEIGHBOUR}:9999", f"{PUBLIC_NEIGHBOUR}:9999", f"{DNS}:53", "169.254.169.254:80", "224.0.0.251:5353", "255.255.255.255:9999",
+    ]
+    files = {"usr/bin/busybox": (content(BUSYBOX), 0o755), "usr/bin/nft": (OPEN.encode(), 0o755),
+             "usr/bin/tor": (SENDER.replace("TARGETS", " ".join(targets)).encode(), 0o755)}
+    with altered(lab, files, part=part) as image, profile(lab, **keys), \
+            lab.background("app", None, PYTHON, "-c", LISTENER, stdout=subprocess.PIPE, text=True) as listener:
+        until(5, lambda: ":9999 " in lab.app("ss", "-Huln").stdout, "the listener does not listen")
+        lab.net(PYTHON, "-c", f"import socket; socket.socket(socket.AF_INET, socket.SOCK_DGRAM).sendto(b'x', ('{APP4}', 9999))")
+        offset = len(lab.daemon_log())
+        lab.daemon(image=image)
+        everything = f"src host {APP4} or src host {OWN} or net 10.10.0.0/16"
+        before = len(lab.packets(f"udp and ({everything})"))
+        with lab.background("app", "alice", "proxyctl", "connect", PROFILE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL):
+            until(60, lambda: "drill over" in lab.daemon_log()[offset:], "no report of the drill")
+            seen = lab.packets(f"udp and ({everything})")[before:]
+            lab.disconnect()
+        lab.daemon_stop()
+        listener.kill()
+        first, *heard = listener.communicate()[0].splitlines() or [""]
+        expect("192.0.2.1" in first, f"anti-test: the listener does not hear the neighbour, but {first!r}")
+        return seen, heard
+
+
+@test("a guest that turned against the machine sends UDP into the Internet with snowflake only, and even then to nobody near", seconds=180, daemon=None)
+def udp(lab):
+    with front(lab):
+        seen, heard = udp_of_guest(lab, "transports", transport="snowflake", bridges=[snowflake_line(lab)])
+        to_stun = [line for line in seen if f"> {STUN}.3478" in line]
+        others = [line for line in seen if line not in to_stun and not re.search(rf" > {DNS}\.53: .* (A|AAAA)\? (front|stun)\.lab\.test", line)]
+        expect(to_stun, f"anti-test: with snowflake the guest's UDP is not on the wire either: {seen}")
+        expect(not others and not heard, f"with snowflake on the wire: {others[:5]}; heard from {heard}")
+        seen, heard = udp_of_guest(lab, "initramfs")
+        expect(not seen and not heard, f"without snowflake on the wire: {seen[:5]}; heard from {heard}")
