@@ -3,9 +3,10 @@
 import os
 import pty
 import select
+import termios
 import time
 
-from lab import NOT_AUTHORISED, NOT_CONNECTED, OK, TINY, UNREACHABLE, equal, expect, test
+from lab import NOT_AUTHORISED, NOT_CONNECTED, OK, TINY, UNREACHABLE, equal, expect, test, until
 
 
 @test("mallory may read the state and nothing else; what she tries changes nothing")
@@ -61,7 +62,7 @@ def at_terminal(lab, user, password, *args):
     if pid == 0:
         command = lab.command("app", user, args)
         os.execvp(command[0], command)
-    shown, typed, end = "", False, time.monotonic() + 30
+    shown, typed, end = "", False, time.monotonic() + 50
     while time.monotonic() < end:
         if not select.select([terminal], [], [], 0.5)[0]:
             continue
@@ -74,7 +75,8 @@ def at_terminal(lab, user, password, *args):
         shown += piece.decode(errors="replace")
         if not typed and "Password:" in shown:
             typed = True
-            time.sleep(1)  # the agent switches the echo off after it has asked, and throws away what was typed before
+            # the agent switches the echo off after it has asked, and throws away what was typed before
+            until(20, lambda: not termios.tcgetattr(terminal)[3] & termios.ECHO, "the password would be shown")
             os.write(terminal, password.encode() + b"\n")
     os.close(terminal)
     status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
