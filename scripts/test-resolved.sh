@@ -14,14 +14,14 @@ dns2() { # dns2 ADDRESS: change.lab.test is ADDRESS from now on, for an hour
   lab_exec net setsid dnsmasq --keep-in-foreground --conf-file=/dev/null --no-resolv --no-hosts --addn-hosts="$LAB/hosts" --local=/test/ --user=root --pid-file= \
     --listen-address="$DNS2" --bind-interfaces --local-ttl=3600 --address="/change.lab.test/$1" "${options[@]}" >>"$LOGS/dns2.log" 2>&1 &
   DNS2_PID=$!
-  answers() { lab_exec net ss -Hltn | grep -q "$DNS2:53 "; }
+  answers() { lab_exec net ss -Hltn | grep "$DNS2:53 " >/dev/null; }
   wait_for 5 answers || { echo "the second DNS server does not listen"; tail -n 5 "$LOGS/dns2.log"; return 1; }
 }
 dns2_end() {
   [ -n "${DNS2_PID:-}" ] || return 0
   # the server is the child of nsenter's place, in a group of its own
   local pid; for pid in $(pgrep -f -- "--listen-address=$DNS2 "); do
-    if tr '\0' '\n' <"/proc/$pid/environ" | grep -qx "PVLAB_ID=$PVLAB_ID"; then kill "$pid"; fi
+    if tr '\0' '\n' <"/proc/$pid/environ" | grep -x "PVLAB_ID=$PVLAB_ID" >/dev/null; then kill "$pid"; fi
   done
   wait "$DNS2_PID" 2>/dev/null; DNS2_PID=
 }
@@ -46,7 +46,7 @@ timed() {
   echo "$*: $(((end - start) / 1000000)) ms"
   [ $(((end - start) / 1000000)) -le "$limit" ] || { echo "more than $limit ms"; return 1; }
 }
-changed() { inside getent ahostsv4 change.lab.test | grep -q "^$1 "; }
+changed() { inside getent ahostsv4 change.lab.test | grep "^$1 " >/dev/null; }
 
 check "systemd-resolved runs, with its stub in /etc/resolv.conf and the uplink's DNS server" resolved_up
 resolved_state >"$LOGS/resolved.before" 2>&1
@@ -56,7 +56,7 @@ cached() { # the anti-test of the next: without a flush the old answer stays
 }
 check "anti-test: an answer of before is in its cache" cached
 check "connect with systemd-resolved" as_alice proxyctl connect lab
-server_found() { as_alice proxyctl status --json | grep -q "\"$DNS2\"" && ! as_alice proxyctl status | grep -i 'dns server'; }
+server_found() { as_alice proxyctl status --json | grep "\"$DNS2\"" >/dev/null && ! as_alice proxyctl status | grep -i 'dns server'; }
 check "the server behind the stub is found and let through" server_found
 check "its cache was flushed at connect: the new answer is there" changed 203.0.113.2
 lookups() {
@@ -69,7 +69,7 @@ lookups() {
 }
 check "look-ups do not stall while connected, A and AAAA, first and second" lookups
 check "http by name through the proxy" through_proxy http://web.lab.test/
-big() { inside resolvectl flush-caches; timed 1000 resolvectl query --type=TXT big.lab.test | tail -n 1; lab_wire "host $DNS2 and tcp port 53" | grep -q "$DNS2.53: Flags \[S\]"; }
+big() { inside resolvectl flush-caches; timed 1000 resolvectl query --type=TXT big.lab.test | tail -n 1; lab_wire "host $DNS2 and tcp port 53" | grep "$DNS2.53: Flags \[S\]" >/dev/null; }
 check "an answer that does not fit into a datagram comes over TCP" big
 nothing() { # NAME LIMIT: told within so many milliseconds that nobody has the name
   local start; start=$(date +%s%N)
@@ -129,7 +129,7 @@ tap_asked() { # NAME: somebody asked there for it
   local line; while read -r -t 0.2 line <&"${TAP[0]}"; do [ "$line" != "$1" ] || return 0; done; return 1
 }
 link_dns() { box as "$BOX" "$1" /run/link-dns "${@:2}" </dev/null; }
-wire_asked() { lab_wire "udp port 53" | grep -q "$1"; } # NAME: on the uplink
+wire_asked() { lab_wire "udp port 53" | grep "$1" >/dev/null; } # NAME: on the uplink
 tap_state() { inside sh -c 'for what in dns domain default-route llmnr mdns dnsovertls dnssec; do resolvectl $what torvm0; done' | sed 's/^Link [0-9]* //'; }
 check "a TAP device with a router that answers DNS" tap_up
 tap_state >"$LOGS/tap.before"

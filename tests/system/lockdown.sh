@@ -21,7 +21,7 @@ no_lock() { ! root nft list table inet proxyvpn-lock </dev/null 2>/dev/null; }
 
 lock_on() {
   root proxyctl lockdown on || return 1
-  if ! lock_is active || ! root nft list table inet proxyvpn-lock </dev/null | grep -q owner; then
+  if ! lock_is active || ! root nft list table inet proxyvpn-lock </dev/null | grep owner >/dev/null; then
     echo "no lock that belongs to its unit"; root systemctl status $LOCK --no-pager </dev/null; return 1
   fi
   [ "$(root systemctl show -P MainPID $LOCK </dev/null)" = 0 ] || { echo "the lock has a process"; return 1; }
@@ -65,11 +65,11 @@ check "disconnected under lockdown: nothing leaves" disconnect
 # ---- what the daemon's user may ask of systemd
 systemd_says() { box as "$BOX" proxyvpn busctl call org.freedesktop.systemd1 /org/freedesktop/systemd1 org.freedesktop.systemd1.Manager "$@" </dev/null 2>&1; }
 start_and_stop_only() {
-  systemd_says StartUnit ss $LOCK replace | grep -q job || { echo "it may not start the lock"; return 1; }
+  systemd_says StartUnit ss $LOCK replace | grep job >/dev/null || { echo "it may not start the lock"; return 1; }
   local call
   while read -r call; do
     # shellcheck disable=SC2086
-    if systemd_says $call | grep -qv "authoriz\|authentic\|denied\|already loaded\|not permitted"; then echo "allowed: $call: $(systemd_says $call)"; return 1; fi
+    if systemd_says $call | grep -v "authoriz\|authentic\|denied\|already loaded\|not permitted" >/dev/null; then echo "allowed: $call: $(systemd_says $call)"; return 1; fi
   done <<END
 RestartUnit ss $LOCK replace
 ReloadOrRestartUnit ss $LOCK replace

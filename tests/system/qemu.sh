@@ -29,7 +29,7 @@ qemu_score() {
 }
 qemu_starts() {
   hold_qemu; grep -q '"started"' "$LOGS/qemu" || { root journalctl -u 'proxyvpn-qemu@*' -n 20 --no-pager; return 1; }
-  said() { root journalctl -u 'proxyvpn-qemu@*' --no-pager </dev/null | grep -q 'guest: .*hello from the guest'; }
+  said() { root journalctl -u 'proxyvpn-qemu@*' --no-pager </dev/null | grep 'guest: .*hello from the guest' >/dev/null; }
   wait_for 20 said || { root journalctl -u 'proxyvpn-qemu@*' -n 20 --no-pager; return 1; }
 }
 qemu_holds_nothing() {
