@@ -12,7 +12,7 @@ use super::*;
 use crate::secret::Secret;
 
 /// The bound in tests that wait for it.
-const BOUND: Duration = Duration::from_millis(400);
+const BOUND: Duration = Duration::from_secs(1);
 
 /// What a server does after it has read the request.
 #[derive(Clone)]
@@ -289,11 +289,17 @@ async fn a_proxy_without_tcp_is_unreachable() {
 
 #[tokio::test]
 async fn the_next_address_is_tried() {
-    let (good, _server) = serve(vec![Send(b"HTTP/1.1 200 OK\r\n\r\n")]).await;
-    let begin = Instant::now();
-    let tunnel = through(&[closed().await, good], None).connect(&name()).await.unwrap();
-    assert_eq!(tunnel.stream.peer_addr().unwrap(), good);
-    assert!(begin.elapsed() < Duration::from_millis(200), "a refusal is not waited on");
+    // The best of five: a busy machine can delay any of them.
+    let mut best = Duration::MAX;
+    for _ in 0..5 {
+        let (good, _server) = serve(vec![Send(b"HTTP/1.1 200 OK\r\n\r\n")]).await;
+        let addresses = [closed().await, good];
+        let begin = Instant::now();
+        let tunnel = through(&addresses, None).connect(&name()).await.unwrap();
+        best = best.min(begin.elapsed());
+        assert_eq!(tunnel.stream.peer_addr().unwrap(), good);
+    }
+    assert!(best < Duration::from_millis(200), "a refusal is not waited on: {best:?}");
 
     let (good, _server) = serve(vec![Send(b"HTTP/1.1 200 OK\r\n\r\n")]).await;
     let (hole, _full) = swallowing().await;
@@ -302,7 +308,7 @@ async fn the_next_address_is_tried() {
     connector.timeout = Duration::from_secs(5);
     let tunnel = connector.connect(&name()).await.unwrap();
     assert_eq!(tunnel.stream.peer_addr().unwrap(), good);
-    assert!((Duration::from_millis(250)..Duration::from_secs(2)).contains(&begin.elapsed()), "{:?}", begin.elapsed());
+    assert!((Duration::from_millis(250)..Duration::from_secs(4)).contains(&begin.elapsed()), "{:?}", begin.elapsed());
 
     let error = through(&[closed().await, closed().await], None).connect(&name()).await.unwrap_err();
     assert!(matches!(error, ConnectError::Unreachable { .. }), "{error:?}");
