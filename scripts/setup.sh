@@ -69,12 +69,13 @@ quiet_services() {
 
 mapfile -t missing < <(missing_of "${wanted[@]}")
 mapfile -t lacking < <([ "${#optional[@]}" = 0 ] || missing_of "${optional[@]}")
-if [ "${#lacking[@]}" -gt 0 ]; then
-  [ -n "$(candidate bash)" ] || apt_prepare "${lacking[*]}" # without lists apt knows no package at all
-  for name in "${lacking[@]}"; do
-    if [ -n "$(candidate "$name")" ]; then missing+=("$name"); else say "setup: this distribution has no package $name: tests that need it will be skipped"; fi
-  done
+# Which packages there are shows only in fresh lists.
+if [ "${#lacking[@]}" -gt 0 ] && { [ "${#missing[@]}" -gt 0 ] || ! compgen -G '/var/lib/apt/lists/*_Packages*' >/dev/null; }; then
+  apt_prepare "${missing[*]} ${lacking[*]}"
 fi
+for name in "${lacking[@]}"; do
+  if [ -n "$(candidate "$name")" ]; then missing+=("$name"); else say "setup: this distribution has no package $name: tests that need it will be skipped"; fi
+done
 if [ "${#missing[@]}" -gt 0 ]; then
   apt_prepare "${missing[*]}"
   install=() disable=()
