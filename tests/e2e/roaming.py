@@ -275,27 +275,49 @@ def causes(lab):
     until(5, lambda: lab.state() == before, "an attempt without a network left something")
 
 
-@test("a way that is cut after the proxy has answered and before the first look at the network is noticed", seconds=60)
-def cut_early(lab):
+@contextlib.contextmanager
+def asking(lab):
+    """A connection that is being made: its proxy is asked, and the answer is held back until what is given is called."""
     lab.net("nft", "add table inet late; add chain inet late out { type filter hook output priority 0; }; "
             "add rule inet late out tcp sport 8888 tcp flags & psh == psh drop")
-    connecting = lab.popen("app", "alice", "proxyctl", "connect", "--proxy-url", TINY, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    child = lab.popen("app", "alice", "proxyctl", "connect", "--proxy-url", TINY, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
-        until(5, lambda: lab.status()["phase"] == "probe-upstream", lambda: f"not asking the proxy: {lab.status()}")
-        pid = lab.daemon_pid()
-        lab.app("kill", "-STOP", pid)
-        try:
-            lab.net("nft", "delete", "table", "inet", "late")
-            waiting = ["ss", "-Htn", "state", "established", "dst", f"{PROXY}:8888"]
-            until(20, lambda: any(int(line.split()[0]) for line in lab.app(*waiting).stdout.splitlines()), "the proxy's answer does not come")
-            lab.app("ip", "route", "add", "unreachable", f"{PROXY}/32")
-        finally:
-            lab.app("kill", "-CONT", pid)
-        state(lab, "blocked", 10, "no-route")
+        until(SOON, lambda: lab.status()["phase"] == "probe-upstream", lambda: f"not asking the proxy: {lab.status()}")
+        yield lambda: lab.net("nft", "delete", "table", "inet", "late")
+    finally:
+        child.wait(30)
+
+
+@test("a way that is cut after the proxy has answered and before the first look at the network is noticed", seconds=60)
+def cut_early(lab):
+    try:
+        with asking(lab) as answer:
+            pid = lab.daemon_pid()
+            lab.app("kill", "-STOP", pid)
+            try:
+                answer()
+                waiting = ["ss", "-Htn", "state", "established", "dst", f"{PROXY}:8888"]
+                until(20, lambda: any(int(line.split()[0]) for line in lab.app(*waiting).stdout.splitlines()), "the proxy's answer does not come")
+                lab.app("ip", "route", "add", "unreachable", f"{PROXY}/32")
+            finally:
+                lab.app("kill", "-CONT", pid)
+            state(lab, "blocked", 10, "no-route")
+            lab.app("ip", "route", "del", "unreachable", f"{PROXY}/32")
     finally:
         lab.app("ip", "route", "del", "unreachable", f"{PROXY}/32", check=False)
-        connecting.wait(30)
     state(lab, "connected", 10)
+
+
+@test("the machine's DNS servers that change while the proxy is asked are followed", seconds=60)
+def resolvers_early(lab):
+    try:
+        with asking(lab) as answer:
+            lab.app("sh", "-c", "echo nameserver 198.51.100.54 > /etc/resolv.conf")
+            answer()
+            state(lab, "connected", 20)
+            until(SOON, lambda: lab.status()["resolvers"] == ["198.51.100.54"], lambda: f"not followed: {lab.status()['resolvers']}")
+    finally:
+        lab.app("sh", "-c", f"echo nameserver {DNS} > /etc/new.conf; mv /etc/new.conf /etc/resolv.conf")
 
 
 @test("routes of others in our table, and a firewall that another program holds, are said to be what they are", seconds=90)

@@ -51,8 +51,8 @@ pub(super) struct Lookout {
     sleep: Option<MessageStream>,
     /// Whether it was tried to begin.
     started: bool,
-    /// The files that name the DNS servers changed, and nobody has looked.
-    pub(super) resolvers_stale: bool,
+    /// The files that name the DNS servers may have changed, and nobody has looked.
+    resolvers_stale: bool,
     /// The way to the upstream is another one, and nobody was told.
     pub(super) moved: bool,
     way: Option<Way>,
@@ -111,8 +111,11 @@ impl Lookout {
             .watch()
             .inspect_err(|error| tracing::warn!(error = error as &dyn std::error::Error, "the network is not watched"))
             .ok();
-        self.files =
-            Files::new().inspect_err(|error| tracing::warn!(%error, "changes of the DNS servers are not seen")).ok();
+        self.files = Files::new()
+            .inspect_err(|error| tracing::warn!(%error, "changes of the DNS servers are not seen at once"))
+            .ok();
+        // They were looked for before that.
+        self.resolvers_stale = true;
         self.sleep = match timeout(BUS_TIMEOUT, sleep_signals(bus)).await {
             Ok(Ok(signals)) => Some(signals),
             Ok(Err(error)) => {
@@ -121,6 +124,22 @@ impl Lookout {
             }
             Err(_) => None,
         };
+    }
+
+    /// Somebody should look for the DNS servers.
+    pub(super) fn resolvers_changed(&mut self) {
+        self.resolvers_stale = true;
+    }
+
+    /// Whether this look is for the DNS servers too. Without a watch every one is, and tries to have one again; not the one that its end
+    /// brings, so that a watch that fails again and again is no hurry.
+    pub(super) fn resolvers_stale(&mut self) -> bool {
+        let changed = std::mem::take(&mut self.resolvers_stale);
+        if changed || !self.started || self.files.is_some() {
+            return changed;
+        }
+        self.files = Files::new().ok();
+        true
     }
 
     /// Waits for the next disturbance. May be dropped while it waits.
@@ -136,7 +155,7 @@ impl Lookout {
             if let Some(watched) = files
                 && let Err(error) = watched.changed().await
             {
-                tracing::warn!(%error, "changes of the DNS servers are not seen any more");
+                tracing::warn!(%error, "changes of the DNS servers are not seen at once any more");
                 return false;
             } else if files.is_none() {
                 std::future::pending::<()>().await;
@@ -273,6 +292,17 @@ async fn woken(signals: &mut Option<MessageStream>) {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[tokio::test]
+    async fn without_a_watch_every_look_is_for_the_dns_servers_and_tries_to_have_one() {
+        let mut lookout = Lookout::default();
+        assert!(!lookout.resolvers_stale(), "nothing is wanted");
+        lookout.started = true;
+        lookout.resolvers_changed();
+        assert!(lookout.resolvers_stale() && lookout.files.is_none(), "not at once after its end");
+        assert!(lookout.resolvers_stale() && lookout.files.is_some());
+        assert!(!lookout.resolvers_stale(), "the watch tells");
+    }
 
     #[tokio::test(start_paused = true)]
     async fn what_was_put_back_is_shown_for_a_while_and_failures_in_a_row_are_a_fault() {

@@ -444,7 +444,7 @@ impl World for Carrier {
                 what = self.lookout.next() => match what {
                     Disturbance::Network => return Fault::Health,
                     Disturbance::Resolvers => {
-                        self.lookout.resolvers_stale = true;
+                        self.lookout.resolvers_changed();
                         return Fault::Health;
                     }
                     Disturbance::Resumed => {
@@ -515,7 +515,7 @@ impl World for Carrier {
             Backend::TorVm => torvm::names(found, self.dns_told),
         });
         items.extend(warning.map(|text| item("resolvers", "warning", text)));
-        if std::mem::take(&mut self.lookout.resolvers_stale) {
+        if self.lookout.resolvers_stale() {
             self.follow_resolvers().await;
         }
         if self.desired.as_ref().is_some_and(|desired| !desired.killswitch) {

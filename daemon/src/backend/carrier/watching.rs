@@ -49,7 +49,7 @@ impl Carrier {
             };
             if let Err(failure) = applied {
                 tracing::error!("the DNS servers can't be followed: {}", failure.text);
-                self.lookout.resolvers_stale = true;
+                self.lookout.resolvers_changed();
                 return;
             }
         }
