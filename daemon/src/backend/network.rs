@@ -83,17 +83,8 @@ pub(super) fn blocked(profile: &Profile) -> (Desired, Option<Resolvers>) {
 
 /// The network when it is not known what was wanted: nothing leaves.
 pub(super) fn closed() -> Desired {
-    Desired {
-        tunnel: None,
-        guarded: tun(&TunSpec::default()).addresses().collect(),
-        exceptions: Exceptions::default(),
-        steer_dns: false,
-        killswitch: true,
-        inbound_replies: true,
-        forward: Forward::Block,
-        iptables_fallback: true,
-        locked: Locked::No,
-    }
+    let guarded = tun(&TunSpec::default()).addresses().collect();
+    Desired { guarded, iptables_fallback: true, ..Desired::closed() }
 }
 
 /// The same under lockdown, if it is.

@@ -48,6 +48,22 @@ pub struct Desired {
 }
 
 impl Desired {
+    /// Nothing leaves: no tunnel, no exception. What begins outside is answered.
+    #[must_use]
+    pub fn closed() -> Self {
+        Self {
+            tunnel: None,
+            guarded: Vec::new(),
+            exceptions: Exceptions::default(),
+            steer_dns: false,
+            killswitch: true,
+            inbound_replies: true,
+            locked: Locked::No,
+            forward: Forward::Block,
+            iptables_fallback: false,
+        }
+    }
+
     /// Whether forwarded TCP goes into the tunnel and comes back.
     #[must_use]
     pub fn forwards(&self) -> bool {

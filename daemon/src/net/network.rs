@@ -11,7 +11,7 @@ use std::time::Instant;
 
 use ipnet::IpNet;
 
-use super::desired::{Desired, Exceptions, Forward, Locked, Tunnel};
+use super::desired::{Desired, Tunnel};
 use super::devices::Devices;
 use super::firewall::{self, Backend, MAX_SESSIONS, Ruleset};
 use super::health::{self, Finding};
@@ -231,13 +231,8 @@ impl Network {
         let desired = Desired {
             tunnel: Some(tunnel.clone()),
             guarded: tunnel.addresses().collect(),
-            exceptions: Exceptions::default(),
-            steer_dns: false,
             killswitch: false,
-            inbound_replies: true,
-            locked: Locked::No,
-            forward: Forward::Block,
-            iptables_fallback: false,
+            ..Desired::closed()
         };
         let is_new = kept.is_none();
         let fds = match kept {

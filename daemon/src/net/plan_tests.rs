@@ -46,14 +46,7 @@ pub(in crate::net) fn desired() -> Desired {
             mtu: 65535,
             gateway: None,
         }),
-        guarded: vec![],
-        exceptions: super::super::desired::Exceptions::default(),
-        steer_dns: false,
-        killswitch: true,
-        inbound_replies: true,
-        locked: Locked::No,
-        forward: Forward::Block,
-        iptables_fallback: false,
+        ..Desired::closed()
     }
 }
 

@@ -11,7 +11,7 @@ use std::{
 };
 
 use proxyvpnd::net::Devices;
-use proxyvpnd::net::desired::{Desired, Exceptions, Forward, Locked, MARK, TABLE, Tunnel};
+use proxyvpnd::net::desired::{Desired, Exceptions, MARK, TABLE, Tunnel};
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 use socket2::{Domain, Protocol, Socket, Type};
 
@@ -246,12 +246,7 @@ pub(crate) fn desired() -> Desired {
             users: vec![BYPASS_USER],
             services: vec![],
         },
-        steer_dns: false,
-        killswitch: true,
-        inbound_replies: true,
-        locked: Locked::No,
-        forward: Forward::Block,
-        iptables_fallback: false,
+        ..Desired::closed()
     }
 }
 

@@ -11,7 +11,7 @@ use std::{
     thread,
 };
 
-use proxyvpnd::net::desired::{Desired, Exceptions, Forward, Locked, Tunnel};
+use proxyvpnd::net::desired::{Desired, Exceptions, Tunnel};
 use proxyvpnd::net::{Keeping, Network, Stage, Step};
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 
@@ -135,19 +135,13 @@ pub(crate) fn desired() -> Desired {
             mtu: 65535,
             gateway: None,
         }),
-        guarded: vec![],
         exceptions: Exceptions {
             lan: vec!["10.1.0.0/16".parse().unwrap(), "fd01::/16".parse().unwrap()],
             resolvers: vec!["198.51.100.53".parse().unwrap(), "2001:db8:53::53".parse().unwrap()],
             users: vec![13],
             services: vec![],
         },
-        steer_dns: false,
-        killswitch: true,
-        inbound_replies: true,
-        locked: Locked::No,
-        forward: Forward::Block,
-        iptables_fallback: false,
+        ..Desired::closed()
     }
 }
 

@@ -112,12 +112,9 @@ static SAMPLE: LazyLock<Ruleset> = LazyLock::new(|| {
         tunnel: Some(tunnel),
         guarded: vec![v4.addr().into(), v6.addr().into()],
         exceptions,
-        steer_dns: false,
-        killswitch: true,
-        inbound_replies: true,
         locked: Locked::Yes,
         forward: Forward::Tunnel,
-        iptables_fallback: false,
+        ..Desired::closed()
     };
     let devices =
         Devices { uplinks: vec!["lo".to_owned()], inner: vec!["docker0".to_owned()], routed: vec!["pvpn1".to_owned()] };
@@ -394,19 +391,7 @@ mod tests {
 
     #[test]
     fn iptables_is_used_only_where_the_profile_allows_it() {
-        let tunnel = None;
-        let exceptions = Exceptions::default();
-        let desired = |iptables_fallback| Desired {
-            tunnel: tunnel.clone(),
-            guarded: vec![],
-            exceptions: exceptions.clone(),
-            steer_dns: false,
-            killswitch: true,
-            inbound_replies: true,
-            locked: Locked::No,
-            forward: Forward::Block,
-            iptables_fallback,
-        };
+        let desired = |iptables_fallback| Desired { iptables_fallback, ..Desired::closed() };
         let refused = iptables().permitted(&desired(false)).err().map(|error| error.to_string()).unwrap_or_default();
         for said in ["nf_tables", "IPv4 is switched before IPv6", "iptables-fallback = true", "packet sockets"] {
             assert!(refused.contains(said), "{said}: {refused}");

@@ -14,12 +14,7 @@ pub(in super::super) fn desired() -> Desired {
             users: vec![13],
             services: vec![],
         },
-        steer_dns: false,
-        killswitch: true,
-        inbound_replies: true,
-        locked: Locked::No,
-        forward: Forward::Block,
-        iptables_fallback: false,
+        ..Desired::closed()
     }
 }
 

@@ -9,7 +9,7 @@ use super::compile::{PRIORITY_FILTER, PRIORITY_LAST, PRIORITY_MANGLE, Refuse, ca
 use super::error::Error;
 use super::netlink::Netlink;
 use super::rules::{Action, Hook, Kind, Match, Policy, Protocol, Rule, Ruleset};
-use crate::net::desired::{Desired, Exceptions, Forward, Locked, MARK};
+use crate::net::desired::{Desired, MARK};
 use crate::net::lock::State;
 use crate::net::{Devices, Keep};
 
@@ -50,18 +50,7 @@ pub(super) fn lock(sessions: &[(SocketAddr, SocketAddr)]) -> Ruleset {
 
 /// What may leave: what our table let through, and what may whatever is wanted.
 fn open(sessions: &[Rule]) -> Vec<Rule> {
-    let nothing = Desired {
-        tunnel: None,
-        guarded: vec![],
-        exceptions: Exceptions::default(),
-        steer_dns: false,
-        killswitch: true,
-        inbound_replies: true,
-        locked: Locked::No,
-        forward: Forward::Block,
-        iptables_fallback: false,
-    };
-    let mut rules = leaving(&nothing, &Devices::default(), Refuse::Silently);
+    let mut rules = leaving(&Desired::closed(), &Devices::default(), Refuse::Silently);
     rules.push(rule(vec![Match::Passed], Action::Accept));
     rules.push(rule(vec![Match::CtReply, Match::CtMark(MARK)], Action::Accept));
     rules.extend_from_slice(sessions);
