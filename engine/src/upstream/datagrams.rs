@@ -5,10 +5,10 @@ use std::net::{SocketAddr, SocketAddrV4, UdpSocket};
 use std::sync::Arc;
 use std::task::{Context, Poll, ready};
 
-use socket2::{Domain, Protocol, Socket as System, Type};
+use socket2::{Domain, Type};
 use tokio::io::unix::AsyncFd;
 
-use super::socket::{OpenError, leads_home};
+use super::socket::{OpenError, leads_home, marked};
 use super::{ConnectError, Connector};
 use crate::sys::watch_reads;
 
@@ -63,9 +63,7 @@ impl Sockets for Arc<Connector> {
 
 /// A marked socket for IPv4. The system gives it a port with the first datagram.
 fn prepare(mark: Option<u32>) -> io::Result<UdpSocket> {
-    let socket = System::new(Domain::IPV4, Type::DGRAM.nonblocking().cloexec(), Some(Protocol::UDP))?;
-    mark.map_or(Ok(()), |mark| socket.set_mark(mark))?;
-    Ok(socket.into())
+    Ok(marked(Domain::IPV4, Type::DGRAM, mark)?.into())
 }
 
 struct Unconnected(AsyncFd<UdpSocket>);

@@ -4,7 +4,7 @@ use std::io;
 use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
-use socket2::{Domain, Protocol, SockRef, Socket, TcpKeepalive, Type};
+use socket2::{Domain, SockRef, Socket, TcpKeepalive, Type};
 use tokio::net::{TcpSocket, TcpStream};
 use tokio::task::JoinSet;
 
@@ -45,12 +45,7 @@ pub(super) async fn open(address: SocketAddr, mark: Option<u32>) -> Result<TcpSt
 /// True when what goes to `address` stays on this machine: then the kernel takes that very address as the source (ip-route(8), type
 /// local). Asked for each connection, since addresses come and go. Nothing is sent.
 pub(super) fn leads_home(address: SocketAddr, mark: Option<u32>) -> Result<bool, OpenError> {
-    let ask = || {
-        let socket = Socket::new(Domain::for_address(address), Type::DGRAM.cloexec(), Some(Protocol::UDP))?;
-        mark.map_or(Ok(()), |mark| socket.set_mark(mark))?;
-        io::Result::Ok(socket)
-    };
-    let socket = ask().map_err(OpenError::Local)?;
+    let socket = marked(Domain::for_address(address), Type::DGRAM, mark).map_err(OpenError::Local)?;
     socket.connect(&address.into()).map_err(classify)?;
     let source = socket.local_addr().map_err(OpenError::Local)?;
     Ok(source.as_socket().is_some_and(|source| source.ip() == address.ip()))
@@ -115,12 +110,15 @@ pub(super) async fn race(
 
 /// A socket that is ready for `connect`.
 fn prepare(address: SocketAddr, mark: Option<u32>) -> io::Result<Socket> {
-    let socket = Socket::new(Domain::for_address(address), Type::STREAM.nonblocking().cloexec(), Some(Protocol::TCP))?;
-    // Before connect: the SYN must already carry it.
-    if let Some(mark) = mark {
-        socket.set_mark(mark)?;
-    }
+    let socket = marked(Domain::for_address(address), Type::STREAM, mark)?;
     socket.set_tcp_nodelay(true)?;
+    Ok(socket)
+}
+
+/// A socket for TCP (`STREAM`) or UDP (`DGRAM`) that does not block. It has the mark before anything leaves by it.
+pub(super) fn marked(domain: Domain, kind: Type, mark: Option<u32>) -> io::Result<Socket> {
+    let socket = Socket::new(domain, kind.nonblocking().cloexec(), None)?;
+    mark.map_or(Ok(()), |mark| socket.set_mark(mark))?;
     Ok(socket)
 }
 
