@@ -222,6 +222,15 @@ impl Rig {
         Self::go(script, directory, autoconnect)
     }
 
+    /// One at rest that was then told to connect.
+    async fn connected(script: Script) -> Self {
+        let mut rig = Self::start(script, None, None);
+        rig.at_rest().await;
+        rig.connect().await.unwrap();
+        rig.until(State::Connected).await;
+        rig
+    }
+
     /// Another daemon where this one has ended.
     async fn restart(mut self, script: Script) -> Self {
         self.machine.abort();
@@ -381,10 +390,7 @@ fn it_is_seen_how_far_tor_is_and_waiting_for_it_can_be_ended() {
 #[test]
 fn connects_and_disconnects() {
     run(async {
-        let mut rig = Rig::start(Script::default(), None, None);
-        rig.at_rest().await;
-        rig.connect().await.unwrap();
-        rig.until(State::Connected).await;
+        let mut rig = Rig::connected(Script::default()).await;
         assert_eq!(rig.script.calls(), ALL_PHASES);
         assert_eq!(rig.intent(), Intent::Profile(Box::new(profile())));
         assert_eq!(rig.handle.view.borrow().upstream, "http://proxy.example:8080");
@@ -467,10 +473,7 @@ fn disconnect_does_not_wait_for_a_silent_upstream() {
 #[test]
 fn reconnect_blocks_first() {
     run(async {
-        let mut rig = Rig::start(Script::default(), None, None);
-        rig.at_rest().await;
-        rig.connect().await.unwrap();
-        rig.until(State::Connected).await;
+        let mut rig = Rig::connected(Script::default()).await;
         rig.script.calls();
         rig.reconnect().await.unwrap();
         rig.handle.view.wait_for(|view| view.state == State::Connecting).await.unwrap();
@@ -534,10 +537,7 @@ fn autoconnect_never_opens() {
 #[test]
 fn shutdown_takes_everything_away_and_keeps_the_record() {
     run(async {
-        let mut rig = Rig::start(Script::default(), None, None);
-        rig.at_rest().await;
-        rig.connect().await.unwrap();
-        rig.until(State::Connected).await;
+        let mut rig = Rig::connected(Script::default()).await;
         rig.script.calls();
         rig.shutdown.send(true).unwrap();
         (&mut rig.machine).await.unwrap();
@@ -587,10 +587,7 @@ fn what_stands_is_shown_in_every_state() {
 #[test]
 fn news_of_the_health_is_shown_at_once() {
     run(async {
-        let mut rig = Rig::start(Script::default(), None, None);
-        rig.at_rest().await;
-        rig.connect().await.unwrap();
-        rig.until(State::Connected).await;
+        let mut rig = Rig::connected(Script::default()).await;
         seen().await;
         for state in [State::Connected, State::Blocked] {
             if state == State::Blocked {

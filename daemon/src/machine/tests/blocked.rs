@@ -6,10 +6,7 @@ use super::*;
 fn a_silent_upstream_blocks_and_comes_back() {
     run(async {
         let script = Script { probe_fails: 3.into(), ..Script::default() };
-        let mut rig = Rig::start(script, None, None);
-        rig.at_rest().await;
-        rig.connect().await.unwrap();
-        rig.until(State::Connected).await;
+        let mut rig = Rig::connected(script).await;
         rig.script.calls();
         let start = tokio::time::Instant::now();
         rig.script.fault(Fault::Upstream(failure()));
@@ -23,10 +20,7 @@ fn a_silent_upstream_blocks_and_comes_back() {
 #[test]
 fn a_lost_device_blocks_before_it_is_built_anew() {
     run(async {
-        let mut rig = Rig::start(Script::default(), None, None);
-        rig.at_rest().await;
-        rig.connect().await.unwrap();
-        rig.until(State::Connected).await;
+        let mut rig = Rig::connected(Script::default()).await;
         rig.script.calls();
         rig.script.failing.lock().unwrap().push_back(Phase::CreateTun);
         rig.script.fault(Fault::Broken(failure()));
@@ -42,10 +36,7 @@ fn a_lost_device_blocks_before_it_is_built_anew() {
 #[test]
 fn a_failed_block_is_said() {
     run(async {
-        let mut rig = Rig::start(Script::default(), None, None);
-        rig.at_rest().await;
-        rig.connect().await.unwrap();
-        rig.until(State::Connected).await;
+        let mut rig = Rig::connected(Script::default()).await;
         rig.script.block_fails.store(1, Ordering::SeqCst);
         rig.script.fault(Fault::Broken(failure()));
         rig.until(State::Blocked).await;
@@ -68,10 +59,7 @@ fn what_others_change_is_looked_at_in_a_block_without_a_device_too() {
 
 /// A rig in `blocked` without a device, with the next attempt a minute away.
 async fn waiting_long() -> Rig {
-    let mut rig = Rig::start(Script::default(), None, None);
-    rig.at_rest().await;
-    rig.connect().await.unwrap();
-    rig.until(State::Connected).await;
+    let mut rig = Rig::connected(Script::default()).await;
     *rig.script.failing.lock().unwrap() = [Phase::ProbeUpstream; 8].into();
     rig.script.fault(Fault::Broken(failure()));
     // 1 + 2 + 4 + 8 + 16 + 32 + 60 s
@@ -119,10 +107,7 @@ fn an_uplink_that_comes_and_goes_is_tried_twice_per_second_at_most() {
 #[test]
 fn an_upstream_that_answers_over_another_uplink_ends_the_block() {
     run(async {
-        let mut rig = Rig::start(Script { probe_fails: u32::MAX.into(), ..Script::default() }, None, None);
-        rig.at_rest().await;
-        rig.connect().await.unwrap();
-        rig.until(State::Connected).await;
+        let mut rig = Rig::connected(Script { probe_fails: u32::MAX.into(), ..Script::default() }).await;
         rig.script.fault(Fault::Upstream(failure()));
         rig.until(State::Blocked).await;
         // Tried after 1, 3, 7, 15 and 31 s, and next after 63 s; after another uplink it begins anew.
@@ -139,10 +124,7 @@ fn an_upstream_that_answers_over_another_uplink_ends_the_block() {
 #[test]
 fn the_name_of_an_upstream_that_stays_away_is_looked_up_anew() {
     run(async {
-        let mut rig = Rig::start(Script { probe_fails: u32::MAX.into(), ..Script::default() }, None, None);
-        rig.at_rest().await;
-        rig.connect().await.unwrap();
-        rig.until(State::Connected).await;
+        let mut rig = Rig::connected(Script { probe_fails: u32::MAX.into(), ..Script::default() }).await;
         rig.script.calls();
         rig.script.fault(Fault::Upstream(failure()));
         rig.until(State::Blocked).await;
@@ -170,10 +152,7 @@ fn a_block_that_failed_is_tried_again_though_nobody_knows_what_was_wanted() {
 #[test]
 fn a_reconnect_during_a_probe_is_not_forgotten() {
     run(async {
-        let mut rig = Rig::start(Script::default(), None, None);
-        rig.at_rest().await;
-        rig.connect().await.unwrap();
-        rig.until(State::Connected).await;
+        let mut rig = Rig::connected(Script::default()).await;
         rig.script.probe_hangs.store(true, Ordering::SeqCst);
         rig.script.fault(Fault::Upstream(failure()));
         rig.until(State::Blocked).await;
