@@ -12,6 +12,7 @@ use the network, DIR/network.json tells what they need:
     onion        name of the service, which listens on port 80
 """
 
+import calendar
 import contextlib
 import fcntl
 import glob
@@ -38,7 +39,7 @@ KEYS_LAST = 300 * 86400
 # none of the files that the distribution has
 TOR = ["tor", "--defaults-torrc", "/nonexistent", "--ignore-missing-torrc", "--quiet"]
 START_SECONDS = 90
-# Of the service's descriptors: two periods, two replicas, each at four or five of the five directories.
+# Of the service's descriptors: two periods (of 24 voting intervals), two replicas, each at four or five of the five directories.
 UPLOADS = 8
 
 COMMON = """
@@ -187,6 +188,8 @@ class Network:
                 elif os.path.exists(kept):
                     shutil.copy2(kept, data)
             self.run(node.name, self.torrc(node))
+
+    def start_onion(self):
         os.makedirs(f"{self.directory}/onion", mode=0o700)
         onion = ONION.format(directory=f"{self.directory}/onion", web=self.web)
         self.run("onion", [COMMON, *(f"DirAuthority {line}" for line in self.authorities), onion])
@@ -203,15 +206,20 @@ class Network:
         for node in NODES:
             if node.authority and not self.agreed(node):
                 return False
+        # Not before: with the consensus that was kept the service would be in the periods of that time, and in today's after minutes.
+        if "onion" not in self.processes:
+            self.start_onion()
         # A client that asks too early is told that there is no such service, and does not ask again for minutes.
         return self.said("bridge", "Bootstrapped 100%") and self.said("onion", "descriptor: finished with status 200") >= UPLOADS and self.bridge_line()
 
     def agreed(self, node):
         path = f"{self.directory}/{node.name}/cached-microdesc-consensus"
         with contextlib.suppress(FileNotFoundError):
-            if os.path.getmtime(path) >= self.started:
-                with open(path, encoding="ascii") as file:
-                    flags = re.findall(r"^s (.*)$", file.read(), re.MULTILINE)
+            with open(path, encoding="ascii") as file:
+                consensus = file.read()
+            since = re.search(r"^valid-after (.*)$", consensus, re.MULTILINE)
+            if since and calendar.timegm(time.strptime(since[1], "%Y-%m-%d %H:%M:%S")) > self.started:
+                flags = re.findall(r"^s (.*)$", consensus, re.MULTILINE)
                 exits = [each for each in flags if " Exit " in f" {each} "]
                 return len([each for each in flags if " Running " in f" {each} "]) == len(PUBLIC) and len(exits) == 3
         return False
