@@ -5,7 +5,7 @@ set -euo pipefail
 # shellcheck source=scripts/common.sh
 . "$(dirname "$0")/common.sh"
 
-build=(gcc binutils libc6-dev pkg-config libmnl-dev libnftnl-dev ca-certificates git kmod python3 xz-utils zstd)
+build=(gcc binutils libc6-dev pkg-config libmnl-dev libnftnl-dev ca-certificates git kmod python3 xz-utils zstd lz4)
 # a|b: any of them will do, the first that can be had is installed
 run=(util-linux iproute2 "nftables" iptables procps "dbus" "polkitd|policykit-1")
 test=("squid|squid-openssl" tinyproxy-bin dnsmasq-base conntrack openssh-server openssh-client curl wget netcat-openbsd "iputils-ping|inetutils-ping" tcpdump openssl python3

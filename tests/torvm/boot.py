@@ -120,6 +120,16 @@ def switched_off(place):
         machine.wait("tor", ALONE)
 
 
+@test("QEMU's own firmware, which KVM gets, starts it as well")
+def own_firmware(place):
+    place.blank()
+    with place.machine(firmware=None) as machine:
+        machine.wait("tor", ALONE)
+        expect("SeaBIOS" in machine.text(), f"another firmware: {machine.text()[:200]}")
+        machine.power_down()
+    place.is_clean()
+
+
 def make_disk(place, content):
     subprocess.run(["mke2fs", "-q", "-F", "-t", "ext4", "-d", content, place.state, "64M"], stdout=subprocess.DEVNULL, check=True)
 

@@ -18,6 +18,9 @@ import cpio  # noqa: E402
 with open(os.path.join(ROOT, "torvm", "contract", "src", "launch.rs"), encoding="ascii") as file:
     CMDLINE = re.search(r'CMDLINE: &str =\s*"(.*)";', file.read())[1]
 
+with open(os.path.join(ROOT, "torvm", "launcher", "src", "command.rs"), encoding="ascii") as file:
+    QBOOT = re.search(r'QBOOT: &str = "(.*)";', file.read())[1]
+
 CHANNEL = "org.proxyvpn.channel"
 FW_CFG = "opt/org.proxyvpn/config"
 GUEST, HOST, UPLINK_GUEST, UPLINK_GATEWAY = "10.10.10.1", "10.10.10.2", "10.10.11.2", "10.10.11.1"
@@ -32,9 +35,10 @@ class Failed(Exception):
 
 
 class Machine:
-    """One run of QEMU. `folder`: for the serial log; `state`: the disk's file; `deaf`: the channel holds little that is not read."""
+    """One run of QEMU. `folder`: for the serial log; `state`: the disk's file; `deaf`: the channel holds little that is not read; `firmware`:
+    another than QEMU's own."""
 
-    def __init__(self, image, folder, state, config=json.dumps(CONFIG).encode(), memory=256, initramfs=None, deaf=False):
+    def __init__(self, image, folder, state, config=json.dumps(CONFIG).encode(), memory=256, initramfs=None, deaf=False, firmware=QBOOT):
         self.serial = os.path.join(folder, "serial.log")
         open(self.serial, "w").close()
         config_path = os.path.join(folder, "config")
@@ -52,7 +56,7 @@ class Machine:
                     "-device", f"virtio-net-pci,netdev={name},mac={mac},romfile=,host_mtu={mtu}"]
         command = [
             "qemu-system-x86_64", "-name", "torvm-test", "-accel", "tcg,thread=multi", "-cpu", "max", "-smp", "1", "-m", str(memory),
-            "-machine", "q35,vmport=off,smm=off,hpet=off,usb=off,graphics=off,i8042=off", "-nodefaults", "-no-user-config",
+            "-machine", "q35,vmport=off,smm=off,hpet=off,usb=off,graphics=off,i8042=off,sata=off,smbus=off", "-nodefaults", "-no-user-config",
             "-display", "none", "-monitor", "none", "-no-reboot",
             "-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny",
             "-kernel", os.path.join(image, "vmlinuz"), "-initrd", initramfs or os.path.join(image, "initramfs"), "-append", CMDLINE,
@@ -65,6 +69,8 @@ class Machine:
             "-chardev", f"socket,id=qmp,fd={qmp.fileno()}", "-mon", "chardev=qmp,mode=control",
             "-serial", f"file:{self.serial}",
         ]
+        if firmware and os.path.exists(firmware):
+            command += ["-bios", firmware]
         self.started = time.monotonic()
         self.process = subprocess.Popen(command, pass_fds=[end.fileno() for end in ends], stdin=subprocess.DEVNULL)
         for end in ends:

@@ -5,7 +5,7 @@
 #
 # UNTESTED: it was written from Alpine's documentation and never run. Known questions: whether its Tor has libseccomp (the configuration says
 # 'Sandbox 1'), and whether its kernel has all modules of assemble.sh under these names; either makes the build or the guest's start fail.
-# It needs: apk add bash binutils cargo coreutils findutils kmod python3 rust tar xz zstd
+# It needs: apk add bash binutils cargo coreutils findutils kmod lz4 python3 rust tar xz zstd
 set -euo pipefail
 # shellcheck source=scripts/common.sh
 . "$(dirname "$0")/../../scripts/common.sh"
