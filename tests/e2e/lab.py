@@ -7,6 +7,7 @@ import os
 import subprocess
 import threading
 import time
+from signal import SIGKILL
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 SCRIPT = os.path.join(ROOT, "scripts", "lab.sh")
@@ -128,11 +129,13 @@ class Lab:
 
     @contextlib.contextmanager
     def background(self, machine, user, *args, **options):
-        child = self.popen(machine, user, *args, **options)
+        child = self.popen(machine, user, *args, start_new_session=True, **options)
         try:
             yield child
         finally:
-            child.kill()
+            # The whole group: what nsenter has just forked has not said yet that it is to die with it, and would go on sending.
+            if child.poll() is None:
+                os.killpg(child.pid, SIGKILL)
             child.wait()
 
     # ---- the daemon and proxyctl
