@@ -7,7 +7,7 @@ from torlab import native
 @test("a native client reaches a page by an exit and an onion service, and talks to relays only", seconds=150, daemon=None)
 def native_tor(lab):
     def onion():
-        # a client that asks at the change of a period, two minutes here, gets nothing and remembers it: the next one is new
+        # a client that asks at the change of a period, four minutes here, gets nothing and remembers it: the next one is new
         with native(lab) as socks:
             lab.fetch_by_exit("http://web.lab.test/", *socks)
             return "hello from" in lab.fetch(f"http://{lab.tor['onion']}/", *socks, timeout=20, check=False).stdout

@@ -39,7 +39,7 @@ def onion(lab):
 
 
 def onion_page(lab):
-    """The periods of this network are two minutes, not a day: who asks at the change of one gets nothing, and has to forget that."""
+    """The periods of this network are four minutes, not a day: who asks at the change of one gets nothing, and has to forget that."""
 
     def answered():
         if "hello from" in lab.fetch(f"http://{lab.tor['onion']}/", timeout=20, check=False).stdout:
