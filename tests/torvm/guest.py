@@ -15,12 +15,15 @@ ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)
 sys.path.insert(0, os.path.join(ROOT, "torvm", "image"))
 import cpio  # noqa: E402
 
-with open(os.path.join(ROOT, "torvm", "contract", "src", "launch.rs"), encoding="ascii") as file:
-    CMDLINE = re.search(r'CMDLINE: &str =\s*"(.*)";', file.read())[1]
 
-with open(os.path.join(ROOT, "torvm", "launcher", "src", "command.rs"), encoding="ascii") as file:
-    QBOOT = re.search(r'QBOOT: &str = "(.*)";', file.read())[1]
+def constant(source, name):
+    """What the programs' own source says, so that it is said once."""
+    with open(os.path.join(ROOT, "torvm", source), encoding="ascii") as file:
+        return re.search(rf'{name}: &str =\s*"(.*)";', file.read())[1]
 
+
+CMDLINE = constant("contract/src/launch.rs", "CMDLINE")
+QBOOT = constant("launcher/src/command.rs", "QBOOT")
 CHANNEL = "org.proxyvpn.channel"
 FW_CFG = "opt/org.proxyvpn/config"
 GUEST, HOST, UPLINK_GUEST, UPLINK_GATEWAY = "10.10.10.1", "10.10.10.2", "10.10.11.2", "10.10.11.1"

@@ -202,7 +202,7 @@ class Network:
         self.processes[name] = subprocess.Popen(command, stdin=subprocess.DEVNULL)
 
     def ready(self):
-        """Have the authorities agreed, in this run, on all relays, and are bridge and onion service in the network?"""
+        """Goes on with the start: have the authorities agreed, in this run, on all relays, and are bridge and onion service in the network?"""
         for node in NODES:
             if node.authority and not self.agreed(node):
                 return False
